@@ -1,0 +1,44 @@
+"""Errors that say what was given, what is accepted and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MainstemError(Exception):
+    """Base of every error that mainstem raises on purpose."""
+
+
+class ConfigurationError(MainstemError, ValueError):
+    """A value that a person gave cannot be used."""
+
+
+class DamagedFileError(MainstemError):
+    """A file of ours is truncated or is not what its name says."""
+
+
+class DivergedError(MainstemError):
+    """The training loss became NaN or Inf."""
+
+    def __init__(self, step: int, loss: float, checkpoint: str | None = None):
+        kept = f"; last good checkpoint: {checkpoint}" if checkpoint else ""
+        super().__init__(f"the loss became {loss} at step {step}{kept}")
+        self.step, self.loss, self.checkpoint = step, loss, checkpoint
+
+    def __reduce__(self):  # carries its fields over a process border
+        return type(self), (self.step, self.loss, self.checkpoint)
+
+
+def nearest(given: str, valid: Iterable[str], n: int = 3) -> list[str]:
+    """The up to `n` entries of `valid` that a person who typed `given` most likely meant."""
+    return difflib.get_close_matches(str(given), sorted(valid), n=n, cutoff=0.4)
+
+
+def unknown(field: str, given: object, valid: Iterable[str]) -> ConfigurationError:
+    """The error for a name that is not one of `valid`; it names the nearest of them."""
+    valid = sorted(valid)
+    close = nearest(str(given), valid)
+    meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    shown = ", ".join(valid) if len(valid) <= 40 else ", ".join(valid[:40]) + ", ..."
+    return ConfigurationError(f"{field}: unknown {given!r}{meant} (valid: {shown})")
