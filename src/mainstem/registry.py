@@ -7,7 +7,10 @@ it; what a user registers is found the same way.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -60,6 +63,68 @@ def match(kind: str, name: str) -> tuple[Any, dict[str, int]]:
         if found:
             return find(kind, pattern), {field: int(value) for field, value in found.groupdict().items()}
     raise unknown(kind, name, names(kind))
+
+
+def factory(kind: str, spec: Any) -> Callable[..., Any]:
+    """What `spec` stands for, with its options bound.
+
+    A spec is a class or function (returned as it is) or text: a name, or a name with options such as
+    `group(groups=8)`. An option without a name is the part to wrap: `stochastic-depth(rezero, final=0.8)`.
+    """
+    if callable(spec):
+        return spec
+    if not isinstance(spec, str):
+        raise ConfigurationError(f"{kind}: {spec!r} is neither a name nor something to call")
+    name, options = parse(kind, spec)
+    part = find(kind, name)
+    accepted = inspect.signature(part).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        for option in options:
+            if option not in accepted:
+                raise unknown(f"{kind} {name}", option, [p for p in accepted if p not in _GIVEN])
+    return functools.partial(part, **options)
+
+
+def parse(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    """`name(inner, key=value)` as its name and options; values are read as YAML scalars."""
+    found = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if not found or text.count("(") != text.count(")"):
+        raise ConfigurationError(f"{kind}: cannot read {text!r}; write a name, or name(option=value, ...)")
+    options: dict[str, Any] = {}
+    for piece in _split(found[2] or ""):
+        key, equals, value = piece.partition("=")
+        if not equals or "(" in key:
+            if "inner" in options:
+                raise ConfigurationError(f"{kind}: {text!r} wraps two parts; name the options as key=value")
+            options["inner"] = piece
+        else:
+            options[key.strip()] = yaml_scalar(value.strip())
+    return found[1], options
+
+
+def yaml_scalar(text: str) -> Any:
+    """`text` as YAML reads it, and 1e-3 as the number it is."""
+    import yaml
+
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that stand in no parenthesis or bracket."""
+    pieces, level, start = [], 0, 0
+    for i, sign in enumerate(text):
+        level += (sign in "([") - (sign in ")]")
+        if sign == "," and level == 0:
+            pieces.append(text[start:i])
+            start = i + 1
+    return [piece.strip() for piece in [*pieces, text[start:]] if piece.strip()]
+
+
+_GIVEN = {"width", "index", "depth", "dim"}  # what a network tells its parts
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

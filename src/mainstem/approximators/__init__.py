@@ -1,0 +1,5 @@
+"""Function approximators."""
+
+from .mlp import mlp
+
+__all__ = ["mlp"]

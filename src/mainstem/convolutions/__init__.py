@@ -1,0 +1,5 @@
+"""Convolutional residual networks."""
+
+from .wrn import wrn
+
+__all__ = ["wrn"]

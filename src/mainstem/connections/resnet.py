@@ -1,0 +1,144 @@
+"""ResNet (He et al., 2015): `relu(x + f(x))` with two 3x3 convolutions or a bottleneck as the branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+from ..network import Network
+from ..nn import ImageHead, conv1x1, conv3x3, init_convolutions
+from ..nn import activation as activation_layer
+from ..nn import norm as norm_layer
+from ..nn.stages import EXPANSION, IMAGENET_BLOCKS, image_stem, places, shortcut, stage_plan
+from ..registry import register
+from ..stream import ConnectionSpec, Layer, Stream
+from ..stream import connection as connect
+
+
+class BasicBranch(nn.Module):
+    """conv3x3 - norm - activation - conv3x3 - norm: `[N, width, H, W] -> [N, out_width, H/stride, W/stride]`."""
+
+    papers = ("resnet",)
+
+    def __init__(self, width: int, out_width: int, stride: int, norm_spec: Any, activation_spec: Any):
+        super().__init__()
+        bias = norm_spec == "none"
+        self.conv1 = conv3x3(width, out_width, stride, bias)
+        self.norm1 = norm_layer(norm_spec)(out_width, dim=1)
+        self.activation = activation_layer(activation_spec)()
+        self.conv2 = conv3x3(out_width, out_width, 1, bias)
+        self.norm2 = norm_layer(norm_spec)(out_width, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(y))
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.norm2
+
+
+class BottleneckBranch(nn.Module):
+    """conv1x1 - conv3x3 - conv1x1, each with a norm, the middle one 4 times narrower than the output."""
+
+    papers = ("resnet",)
+
+    def __init__(
+        self,
+        width: int,
+        out_width: int,
+        stride: int,
+        norm_spec: Any,
+        activation_spec: Any,
+        stride_on: str = "3x3",
+    ):
+        super().__init__()
+        bias, inner = norm_spec == "none", out_width // EXPANSION
+        first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+        self.conv1 = conv1x1(width, inner, first, bias)
+        self.norm1 = norm_layer(norm_spec)(inner, dim=1)
+        self.conv2 = conv3x3(inner, inner, second, bias)
+        self.norm2 = norm_layer(norm_spec)(inner, dim=1)
+        self.conv3 = conv1x1(inner, out_width, 1, bias)
+        self.norm3 = norm_layer(norm_spec)(out_width, dim=1)
+        self.activation = activation_layer(activation_spec)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.norm1(self.conv1(x)))
+        y = self.activation(self.norm2(self.conv2(y)))
+        return self.norm3(self.conv3(y))
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.norm3
+
+
+@register("network", "resnet-<depth>")
+def resnet(
+    *,
+    depth: int,
+    classes: int,
+    in_channels: int = 3,
+    connection: ConnectionSpec = None,
+    norm: Any = "batch",
+    activation: Any = "relu",
+    stages: str | None = None,
+    block: str | None = None,
+    shortcuts: str | None = None,
+    stride_on: str = "3x3",
+    zero_init: bool = False,
+    checkpoint: bool = False,
+) -> Network:
+    """A ResNet: 18, 34, 50, 101, 152 (or 200) as for ImageNet, any 6n+2 (20 to 1202) as for CIFAR.
+
+    Args:
+        depth: number of weighted layers.
+        connection: how layers join the stream; `plain` leaves the shortcuts out.
+        stages: "imagenet" (four stages, 7x7 stem with pooling) or "cifar" (three stages of 16, 32, 64 features); None
+            takes imagenet where the depth is one of its own.
+        block: "basic" or "bottleneck", in small-image networks (9n+2 layers with bottlenecks); None is the paper's.
+        shortcuts: "A" (zero padding), "B" (projection on change of shape), "C" (projections everywhere); None is the
+            paper's: A for cifar, B for imagenet.
+        stride_on: a bottleneck's convolution that strides, "3x3" (as in today's libraries) or "1x1" (as first
+            published); the number of parameters is the same.
+        zero_init: start the last norm of each branch at zero (Goyal et al., 2017).
+        checkpoint: recompute activations in the backward pass.
+
+    Shapes: `[N, in_channels, H, W] -> [N, classes]`.
+    Raises: `ConfigurationError` for a depth that no such network has.
+    Source: Deep Residual Learning for Image Recognition, arXiv:1512.03385.
+    Departures: none in the architecture; the stride of a bottleneck stands on the 3x3 convolution unless told.
+    """
+    name = f"resnet-{depth}"
+    stages = stages or ("imagenet" if depth in IMAGENET_BLOCKS else "cifar")
+    block, widths, blocks = stage_plan(name, depth, stages, block)
+    stem_width = 64 if stages == "imagenet" else 16
+    kind = shortcuts or ("B" if stages == "imagenet" or block == "bottleneck" else "A")
+    make_connection, make_activation = connect(connection), activation_layer(activation)
+
+    layers = []
+    for place in places(stem_width, widths, blocks, [1] + [2] * (len(blocks) - 1)):
+        branch: BasicBranch | BottleneckBranch
+        if block == "basic":
+            branch = BasicBranch(place.width, place.out_width, place.stride, norm, activation)
+        else:
+            branch = BottleneckBranch(place.width, place.out_width, place.stride, norm, activation, stride_on)
+        joined = make_connection(place.out_width, index=place.index, depth=place.depth, dim=1)
+        layers.append(Layer(branch, joined, shortcut(kind, place, norm), after=make_activation()))
+
+    model = Network(
+        image_stem(in_channels, stem_width, "large" if stages == "imagenet" else "small", norm, activation),
+        Stream(layers, checkpoint=checkpoint),
+        ImageHead(widths[-1], classes),
+        papers=("resnet",),
+    )
+    init_convolutions(model)
+    if zero_init:
+        for layer in layers:
+            last = layer.branch.last_norm
+            if not hasattr(last, "weight"):
+                raise ConfigurationError(f"zero_init: norm {norm!r} has no weight to start at zero")
+            nn.init.zeros_(last.weight)
+    return model

@@ -1,0 +1,210 @@
+"""Named networks: `network("resnet-20", classes=10, in_channels=3, connection="rezero")`.
+
+A family registers a builder under a pattern, `@register("network", "wrn-<depth>-<k>")`; the pattern's fields come to it
+as integers. A builder returns a `Network`: a stem, a stream and a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import registry
+from .errors import ConfigurationError, DamagedFileError, unknown
+from .files import read_json, replacing, write_json
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from .data import Data
+
+B = TypeVar("B", bound=Callable[..., Any])
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Network(nn.Module):
+    """A stem, a stream of layers and a head: `head(stream(stem(x)))`.
+
+    Attributes:
+        config: the arguments of `network` that rebuild it; JSON.
+        inputs: what the stem takes: "image", "vector", "tokens" or "sequence".
+    """
+
+    inputs = "image"
+    papers: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stream: Stream,
+        head: nn.Module,
+        *,
+        inputs: str = "image",
+        papers: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.stem, self.stream, self.head = stem, stream, head
+        self.inputs, self.papers = inputs, papers
+        self.config: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, **flow: Any) -> Tensor:
+        return self.head(self.stream(self.stem(x), **flow))
+
+    def features(self, x: Tensor, **flow: Any) -> Tensor:
+        """The stream's output, before the head."""
+        return self.stream(self.stem(x), **flow)
+
+    def save(self, folder: str | Path, **also: Any) -> Path:
+        """Write `model.safetensors` and `config.json`, from which `mainstem.load` rebuilds the network exactly."""
+        return save(self, folder, **also)
+
+
+def takes(inputs: str) -> Callable[[B], B]:
+    """Say what kind of data the networks of a builder take; without it, images."""
+
+    def mark(build: B) -> B:
+        setattr(build, "inputs", inputs)  # noqa: B010 (a function's attribute, which a type checker does not know)
+        return build
+
+    return mark
+
+
+def papers_of(module: nn.Module) -> list[str]:
+    """The ids of the papers whose parts `module` uses, in order of appearance."""
+    found = [paper for part in module.modules() for paper in getattr(part, "papers", ())]
+    return list(dict.fromkeys(found))
+
+
+def networks() -> list[str]:
+    """The names, or patterns of names, that `network` knows."""
+    return registry.names("network")
+
+
+def network(
+    name: str,
+    *,
+    classes: int,
+    in_channels: int | None = None,
+    connection: Any = None,
+    norm: Any = None,
+    activation: Any = None,
+    seed: int | None = None,
+    **overrides: Any,
+) -> Network:
+    """Build a network by name.
+
+    Args:
+        name: one of `networks()`, with integers for the fields: `resnet-20`, `wrn-28-10`, `mlp-8x64`.
+        classes: size of the output.
+        in_channels: channels of an image, or features of a vector; None is the family's default.
+        connection: how layers join the stream: a name with options ("rezero", "stochastic-depth(rezero, final=0.8)"),
+            a class, or a factory; None is the family's own.
+        norm, activation: a name with options, or a factory; None is the family's own. "none" leaves it out.
+        seed: draw the initial values from this seed and leave torch's generators as they are.
+        overrides: options of the family.
+
+    Raises:
+        ConfigurationError: an unknown name or option (with the nearest ones), or values that do not fit.
+    """
+    build, fields = registry.match("network", name)
+    given = {
+        "in_channels": in_channels,
+        "connection": connection,
+        "norm": norm,
+        "activation": activation,
+        **overrides,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    accepted = [p for p in inspect.signature(build).parameters if p not in fields and p != "classes"]
+    for option in options:
+        if option not in accepted:
+            raise unknown(f"network {name}", option, accepted)
+    if not isinstance(classes, int) or classes < 1:
+        raise ConfigurationError(f"classes: {classes!r} is not a positive integer")
+    if seed is None:
+        built = build(**fields, classes=classes, **options)
+    else:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            built = build(**fields, classes=classes, **options)
+    built.config = {"name": name, "classes": classes, **options}
+    return built
+
+
+def options_for(name: str, data: Data) -> dict[str, Any]:
+    """The arguments of `network` that `data` decides: the output size and the input channels or features."""
+    build, _ = registry.match("network", name)
+    inputs = getattr(build, "inputs", "image")
+    shape = tuple(data.shape)
+    if data.task == "regression" and data.train.y.ndim > 2:
+        raise ConfigurationError(f"network: {name} gives one row of outputs an example; {data.name} asks for images")
+    if inputs == "image":
+        if data.inputs != "image":
+            raise ConfigurationError(f"network: {name} takes images; {data.name} holds {data.inputs} data")
+        return {"classes": data.outputs, "in_channels": shape[0]}
+    if inputs == "vector":
+        if data.inputs == "tokens":
+            raise ConfigurationError(f"network: {name} takes numbers; {data.name} holds tokens")
+        return {"classes": data.outputs, "in_channels": math.prod(shape)}
+    if data.inputs != inputs:
+        raise ConfigurationError(f"network: {name} takes {inputs} data; {data.name} holds {data.inputs} data")
+    return {"classes": data.outputs, "in_channels": shape[-1]} if inputs == "sequence" else {"classes": data.outputs}
+
+
+def network_for(name: str, data: Data, **overrides: Any) -> Network:
+    """The network `name` with the output and input sizes that `data` needs, unless told."""
+    options = {**options_for(name, data), **overrides}
+    if options["classes"] < data.outputs:
+        raise ConfigurationError(
+            f"classes: {data.name} has {data.outputs} classes, more than the network's {options['classes']}"
+        )
+    return network(name, **options)
+
+
+def save(model: Network, folder: str | Path, **also: Any) -> Path:
+    """Write a network to `folder`; `also` is kept in `config.json` beside its own settings.
+
+    Raises `ConfigurationError` where a part was given as a class or function, which a file cannot name.
+    """
+    from safetensors.torch import save_model
+
+    for key, value in model.config.items():
+        if callable(value):
+            raise ConfigurationError(
+                f"{key}: {value!r} has no name to be saved under; declare it with mainstem.register and pass the name"
+            )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_model(model, str(temporary))
+    write_json(folder / CONFIG, {"network": model.config, "papers": papers_of(model), **also})
+    return folder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Network:
+    """Rebuild the network that was saved to `folder`, with its weights, in evaluation mode.
+
+    Raises:
+        ConfigurationError: no such file. DamagedFileError: a file that is truncated or does not fit the other.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or "name" not in config.get("network", {}):
+        raise DamagedFileError(f"{folder / CONFIG} does not describe a network")
+    model = network(**config["network"], seed=0)
+    if not (folder / WEIGHTS).exists():
+        raise ConfigurationError(f"no such file: {folder / WEIGHTS}")
+    try:
+        load_model(model, str(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        raise DamagedFileError(f"{folder / WEIGHTS} is damaged or is not of this network: {error}") from None
+    return model.to(device).eval()

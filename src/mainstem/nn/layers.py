@@ -1,0 +1,54 @@
+"""Small layers that many networks use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .activations import activation
+from .norms import norm
+
+
+class Pointwise(nn.Linear):
+    """A linear map of the feature dimension at each position: a 1x1 convolution where `dim` is 1.
+
+    Shapes: `[N, C, H, W] -> [N, C', H, W]` for `dim=1`, `[..., C] -> [..., C']` for `dim=-1`.
+    """
+
+    def __init__(self, width: int, out_width: int, dim: int = -1, bias: bool = True):
+        super().__init__(width, out_width, bias=bias)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dim == 1 and x.ndim == 4:
+            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class NormActivation(nn.Sequential):
+    """A norm and an activation: the pre-activation of a branch, or the end of a pre-activation network."""
+
+    def __init__(
+        self,
+        width: int,
+        norm_spec: str | Callable[..., nn.Module] = "batch",
+        activation_spec: str | Callable[..., nn.Module] = "relu",
+        dim: int = 1,
+    ):
+        super().__init__()
+        self.norm = norm(norm_spec)(width, dim=dim)
+        self.activation = activation(activation_spec)()
+
+
+class ImageHead(nn.Sequential):
+    """Mean over the image, then a linear read-out: `[N, C, H, W] -> [N, classes]`."""
+
+    def __init__(self, width: int, classes: int, before: nn.Module | None = None):
+        super().__init__()
+        if before is not None:
+            self.before = before
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(width, classes)

@@ -1,0 +1,123 @@
+"""Residual networks as stages: groups of layers of one width, the first of which may change the shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigurationError
+from .activations import activation as activation_layer
+from .convolution import ZeroPad, conv1x1, conv3x3
+from .norms import norm as norm_layer
+
+EXPANSION = 4  # a bottleneck's output over its inner width
+
+IMAGENET_BLOCKS = {
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+    200: ("bottleneck", (3, 24, 36, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands: its position among all, its features in and out, and its stride."""
+
+    index: int
+    depth: int
+    width: int
+    out_width: int
+    stride: int
+
+    @property
+    def changes_shape(self) -> bool:
+        return self.stride != 1 or self.width != self.out_width
+
+
+def places(width: int, out_widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]) -> Iterator[Place]:
+    """Each layer's place: stage s has `blocks[s]` layers of `out_widths[s]` features and starts with `strides[s]`."""
+    index, depth = 0, sum(blocks)
+    for out_width, count, stride in zip(out_widths, blocks, strides, strict=True):
+        for i in range(count):
+            yield Place(index, depth, width, out_width, stride if i == 0 else 1)
+            width, index = out_width, index + 1
+
+
+def small_image_blocks(name: str, depth: int, per_block: int, extra: int = 2) -> tuple[int, int, int]:
+    """Layers in each of three equal stages of a network with `depth = 3 per_block n + extra` weighted layers."""
+    count, rest = divmod(depth - extra, 3 * per_block)
+    if rest or count < 1:
+        step = 3 * per_block
+        below = max(step + extra, depth - (depth - extra) % step)
+        near = [d for d in (below, below + step) if d != depth]
+        raise ConfigurationError(
+            f"network {name}: depth {depth} is not {step}n+{extra}; nearest: {' or '.join(map(str, near))}"
+        )
+    return count, count, count
+
+
+def shortcut(kind: str, place: Place, norm: Any = "batch") -> nn.Module | None:
+    """The shortcut of one layer; None is the identity.
+
+    `kind` A pads with zeros where the shape changes, B projects there, C projects everywhere (He et al., 2015). A
+    projection is followed by `norm`; None leaves it bare, "none" gives it a bias instead.
+    """
+    if kind not in ("A", "B", "C"):
+        raise ConfigurationError(f"shortcut: {kind!r} is none of A (zero padding), B (projection), C (all projections)")
+    if kind != "C" and not place.changes_shape:
+        return None
+    if kind == "A":
+        return ZeroPad(place.width, place.out_width, place.stride)
+    projection = conv1x1(place.width, place.out_width, place.stride, bias=norm == "none")
+    return projection if norm in (None, "none") else nn.Sequential(projection, norm_layer(norm)(place.out_width, dim=1))
+
+
+def stage_plan(name: str, depth: int, stages: str, block: str | None) -> tuple[str, list[int], tuple[int, ...]]:
+    """The block, the stages' widths and their numbers of layers in a ResNet of `depth` weighted layers."""
+    if block not in (None, "basic", "bottleneck"):
+        raise ConfigurationError(f"block: {block!r} is neither 'basic' nor 'bottleneck'")
+    if stages == "imagenet":
+        if depth not in IMAGENET_BLOCKS:
+            raise ConfigurationError(
+                f"network {name}: no ImageNet ResNet has {depth} layers; valid: {', '.join(map(str, IMAGENET_BLOCKS))}"
+            )
+        usual, blocks = IMAGENET_BLOCKS[depth]
+        block = block or usual
+        widths = [64, 128, 256, 512]
+    elif stages == "cifar":
+        block = block or "basic"
+        blocks = small_image_blocks(name, depth, per_block=2 if block == "basic" else 3)
+        widths = [16, 32, 64]
+    else:
+        raise ConfigurationError(f"stages: {stages!r} is neither 'imagenet' nor 'cifar'")
+    expansion = EXPANSION if block == "bottleneck" else 1
+    return block, [expansion * width for width in widths], blocks
+
+
+def image_stem(
+    in_channels: int, width: int, kind: str, norm_spec: Any = None, activation_spec: Any = "relu"
+) -> nn.Sequential:
+    """The layers before the stream: `large` halves the image twice (7x7 stride 2, pooling), `small` keeps its size.
+
+    With a norm, the norm and activation follow the convolution.
+    """
+    if kind not in ("large", "small"):
+        raise ConfigurationError(f"stem: {kind!r} is neither 'large' (7x7, stride 2, pooling) nor 'small' (3x3)")
+    stem = nn.Sequential()
+    bias = norm_spec == "none"
+    if kind == "large":
+        stem.add_module("conv", nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=bias))
+    else:
+        stem.add_module("conv", conv3x3(in_channels, width, bias=bias))
+    if norm_spec is not None:
+        stem.add_module("norm", norm_layer(norm_spec)(width, dim=1))
+        stem.add_module("activation", activation_layer(activation_spec)())
+    if kind == "large":
+        stem.add_module("pool", nn.MaxPool2d(3, 2, padding=1))
+    return stem
