@@ -82,6 +82,12 @@ class Budget(Strict):
         return f"{self.unit}={self.amount:g}"
 
 
+def _told(part: Any) -> Any:
+    if isinstance(part, str | dict):
+        return part
+    return getattr(part, "__qualname__", type(part).__qualname__)
+
+
 class Recipe(Strict):
     """How to train. Every default is a sensible first try for a small image classifier.
 
@@ -126,6 +132,12 @@ class Recipe(Strict):
         if value not in registry.names(info.field_name):
             raise unknown(info.field_name, value, registry.names(info.field_name))
         return value
+
+    def identity(self) -> dict[str, Any]:
+        """The recipe as JSON, with parts that are objects told by their class; two equal ones train alike."""
+        plain = {**dict(self), "budget": self.budget, "methods": [], "metric": _told(self.metric)}
+        values = Recipe.model_construct(**plain).model_dump(mode="json")
+        return {**values, "methods": [_told(method) for method in self.methods]}
 
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some fields changed, validated."""

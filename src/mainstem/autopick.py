@@ -1,0 +1,114 @@
+"""Memory layout and precision, picked by timing a few training steps on a copy of the network."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import Recipe
+
+# How much faster a choice must be to be taken over the plainer one before it.
+GAIN = {"layout": 1.03, "precision": 1.15}
+
+
+def pick(
+    network: nn.Module, batch: tuple[Tensor, Tensor], recipe: Recipe, loss_of: Callable, device: torch.device
+) -> dict[str, Any]:
+    """The layout, precision and number of threads to train with.
+
+    What the recipe says is taken; "auto" is decided by the time of a training step where the hardware gives a choice:
+    contiguous or channels-last for networks with convolutions, fp32 or bf16 autocast where the device computes in bf16.
+
+    Returns: layout, precision, threads, and `measured`: seconds a step by "layout precision" where it was timed.
+    """
+    layouts, precisions = [recipe.layout], [recipe.precision]
+    if recipe.layout == "auto":
+        convolves = batch[0].ndim == 4 and any(isinstance(m, nn.Conv2d) for m in network.modules())
+        layouts = ["contiguous", "channels-last"] if convolves else ["contiguous"]
+    if recipe.precision == "auto":
+        precisions = ["fp32", "bf16"] if computes_bf16(device) else ["fp32"]
+    measured: dict[str, float] = {}
+
+    def seconds(layout: str, precision: str) -> float:
+        name = f"{layout} {precision}"
+        if name not in measured:
+            measured[name] = _step_seconds(network, batch, recipe, loss_of, device, layout, precision)
+        return measured[name]
+
+    layout, precision = layouts[0], precisions[0]
+    if len(precisions) > 1:  # first, since the best layout depends on it
+        best = {p: min(seconds(each, p) for each in layouts) for p in precisions}
+        precision = "bf16" if best["fp32"] > GAIN["precision"] * best["bf16"] else "fp32"
+    if len(layouts) > 1:
+        faster = seconds("contiguous", precision) > GAIN["layout"] * seconds("channels-last", precision)
+        layout = "channels-last" if faster else "contiguous"
+    return {"layout": layout, "precision": precision, "threads": torch.get_num_threads(), "measured": measured}
+
+
+def place(network: nn.Module, choice: dict[str, Any]) -> None:
+    """Put the network's weights into the chosen memory layout, in place."""
+    if choice["layout"] == "channels-last":
+        network.to(memory_format=torch.channels_last)
+
+
+def arrange(x: Tensor, layout: str) -> Tensor:
+    """A batch in the chosen memory layout."""
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels-last" and x.ndim == 4 else x
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """A factory of contexts in which to run the forward pass."""
+    if precision == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.backends.cpu.get_cpu_capability()
+        flags = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return flags or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() or "SVE" in capabilities
+    return False
+
+
+def _step_seconds(
+    network: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    loss_of: Callable,
+    device: torch.device,
+    layout: str,
+    precision: str,
+    repeats: int = 4,
+    at_most: float = 2.0,
+) -> float:
+    """The shortest of a few training steps, after one to warm up; inf where the network cannot run so."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trial = copy.deepcopy(network).train()
+        place(trial, {"layout": layout})
+        x, y = arrange(batch[0], layout), batch[1]
+        cast, best, begun = autocast(device, precision), math.inf, time.perf_counter()
+        for repeat in range(1 + repeats):
+            start = time.perf_counter()
+            with cast():
+                output = trial(x)
+            loss_of(output, y).backward()
+            trial.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            if repeat:
+                best = min(best, now - start)
+            if best < math.inf and now - begun > at_most:
+                break
+    return best

@@ -1,0 +1,96 @@
+"""Optimisers, their parameter groups, and learning-rate schedules, by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import registry
+from .recipe import Recipe
+
+Groups = list[dict[str, Any]]
+
+
+def groups(network: nn.Module, recipe: Recipe) -> Groups:
+    """Trainable parameters in two groups: matrices and kernels are decayed; biases, norms and scalars are not."""
+    decayed, free = [], []
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim > 1 or recipe.decay_all else free).append(parameter)
+    both = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
+
+
+def optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser that `recipe` names, over `network`'s parameter groups."""
+    return registry.find("optimiser", recipe.optimiser)(groups(network, recipe), recipe)
+
+
+@registry.register("optimiser", "sgd")
+def sgd(params: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    """Stochastic gradient descent, with Nesterov momentum where `momentum` is above 0."""
+    return torch.optim.SGD(params, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0, fused=_fusible(params))
+
+
+@registry.register("optimiser", "adam")
+def adam(params: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, recipe.lr, recipe.betas, fused=_fusible(params))
+
+
+@registry.register("optimiser", "adamw")
+def adamw(params: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, recipe.lr, recipe.betas, fused=_fusible(params))
+
+
+@registry.register("optimiser", "adagrad")
+def adagrad(params: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(params, recipe.lr)
+
+
+@registry.register("optimiser", "rmsprop")
+def rmsprop(params: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(params, recipe.lr, momentum=recipe.momentum)
+
+
+def _fusible(params: Groups) -> bool:
+    """One kernel for all parameters: torch has it for dense floating point on the CPU and on CUDA."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for group in params for p in group["params"])
+
+
+def multiplier(recipe: Recipe, progress: float) -> float:
+    """The learning rate as a share of `recipe.lr`, after `progress` in [0, 1] of the budget, warm-up included."""
+    if progress < recipe.warmup:
+        return progress / recipe.warmup
+    return registry.find("schedule", recipe.schedule)((progress - recipe.warmup) / (1 - recipe.warmup))
+
+
+@registry.register("schedule", "constant")
+def constant(t: float) -> float:
+    return 1.0
+
+
+@registry.register("schedule", "cosine")
+def cosine(t: float) -> float:
+    """Half a cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
+
+
+@registry.register("schedule", "linear")
+def linear(t: float) -> float:
+    """From 1 straight to 0."""
+    return max(0.0, 1 - t)
+
+
+@registry.register("schedule", "step")
+def step(t: float) -> float:
+    """A tenth after half of the budget, a hundredth after three quarters (He et al., 2015)."""
+    return 0.1 ** ((t >= 0.5) + (t >= 0.75))
+
+
+@registry.register("schedule", "stable-decay")
+def stable_decay(t: float) -> float:
+    """Constant for four fifths, then straight to 0 (warmup-stable-decay)."""
+    return min(1.0, max(0.0, (1 - t) / 0.2))
