@@ -31,7 +31,7 @@ def save(
             else:
                 scalars.setdefault(str(index), {})[key] = value
     kept: dict[str, dict[str, Any]] = {}
-    for name, method in methods.items():
+    for name, method in _with_state(methods):
         for key, value in method.state_dict().items():
             if isinstance(value, Tensor):
                 tensors[f"method/{name}/{key}"] = value
@@ -74,12 +74,16 @@ def restore(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, me
     for index, values in meta["scalars"].items():
         state.setdefault(int(index), {}).update(values)
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    for method_name, method in methods.items():
+    for method_name, method in _with_state(methods):
         held = {k.partition("/")[2]: v for k, v in part["method"].items() if k.partition("/")[0] == method_name}
         method.load_state_dict({**held, **meta["methods"].get(method_name, {})})
     torch.set_rng_state(part["random"]["cpu"])
     if "cuda" in part["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(part["random"]["cuda"])
+
+
+def _with_state(methods: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, method) for name, method in methods.items() if hasattr(method, "state_dict")]
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

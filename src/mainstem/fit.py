@@ -178,7 +178,7 @@ def _fit(
     place(network, choice)
     batches.layout = choice["layout"]
     run = Run(network, data, recipe, metric(recipe.metric, data), device, optimiser(network, recipe), choice=choice)
-    run.methods = {name: method for name, method in _methods(recipe)}
+    run.methods = dict(_methods(recipe))
     run.steps_per_epoch = batches.per_epoch
     if recipe.budget.unit != "seconds":
         per = batches.per_epoch if recipe.budget.unit == "epochs" else 1

@@ -32,7 +32,14 @@ def optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 @registry.register("optimiser", "sgd")
 def sgd(params: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     """Stochastic gradient descent, with Nesterov momentum where `momentum` is above 0."""
-    return torch.optim.SGD(params, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0, fused=_fusible(params))
+    optim = torch.optim.SGD(params, recipe.lr, recipe.momentum, nesterov=recipe.momentum > 0, fused=_fusible(params))
+    if recipe.momentum > 0:
+        # Zero buffers from the start: the fused kernel refuses a step on which only some parameters have one, which
+        # happens where branches are skipped.
+        for group in optim.param_groups:
+            for parameter in group["params"]:
+                optim.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optim
 
 
 @registry.register("optimiser", "adam")

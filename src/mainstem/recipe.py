@@ -135,7 +135,7 @@ class Recipe(Strict):
 
     def identity(self) -> dict[str, Any]:
         """The recipe as JSON, with parts that are objects told by their class; two equal ones train alike."""
-        plain = {**dict(self), "budget": self.budget, "methods": [], "metric": _told(self.metric)}
+        plain = {**dict(self), "budget": self.budget, "methods": (), "metric": _told(self.metric)}
         values = Recipe.model_construct(**plain).model_dump(mode="json")
         return {**values, "methods": [_told(method) for method in self.methods]}
 

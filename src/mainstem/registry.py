@@ -46,6 +46,18 @@ def names(kind: str) -> list[str]:
     return sorted({*_index().get(kind, {}), *_parts[kind]})
 
 
+def own() -> list[tuple[str, str, Any]]:
+    """The parts that were registered outside of mainstem, as (kind, name, part): what another process lacks."""
+    everything = ((kind, name, part) for kind, parts in _parts.items() for name, part in parts.items())
+    return [entry for entry in everything if not _origin(entry[2]).startswith("mainstem.")]
+
+
+def adopt(parts: list[tuple[str, str, Any]]) -> None:
+    """Register what another process's `own` returned."""
+    for kind, name, part in parts:
+        _parts[kind][name] = part
+
+
 def find(kind: str, name: str) -> Any:
     """The part `name` of `kind`; an unknown name raises with the nearest valid ones."""
     if name not in _parts[kind]:
