@@ -55,7 +55,9 @@ def pick(
 def place(network: nn.Module, choice: dict[str, Any]) -> None:
     """Put the network's weights into the chosen memory layout, in place."""
     if choice["layout"] == "channels-last":
-        network.to(memory_format=torch.channels_last)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:

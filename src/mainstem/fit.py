@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,8 @@ def loss_function(recipe: Recipe, data: Data) -> Any:
         return _CrossEntropy(weight, recipe.label_smoothing)
     if data.task != "regression":
         raise ConfigurationError(f"loss: {kind} needs numbers to predict; {data.name} has classes (cross-entropy)")
-    function = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[kind]
+    functions: dict[str, Callable] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+    function = functions[kind]
     return lambda output, y: function(output.float().view_as(y), y)
 
 

@@ -16,7 +16,8 @@ Groups = list[dict[str, Any]]
 
 def groups(network: nn.Module, recipe: Recipe) -> Groups:
     """Trainable parameters in two groups: matrices and kernels are decayed; biases, norms and scalars are not."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in network.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 or recipe.decay_all else free).append(parameter)

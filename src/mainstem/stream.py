@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ ConnectionSpec = Any  # None, "rezero", "stochastic-depth(rezero, final=0.8)", a
 
 def each(function: Callable[[Tensor], Tensor], state: State) -> State:
     """Apply `function` to every tensor of a state."""
-    return tuple(function(tensor) for tensor in state) if isinstance(state, tuple) else function(state)
+    return tuple(each(function, part) for part in state) if isinstance(state, tuple) else function(state)
 
 
 class Connection(nn.Module):
@@ -116,11 +117,21 @@ class Plain(Connection):
 
 
 class Wrapper(Connection):
-    """A connection around another one, `inner`, to which it leaves whatever it does not override."""
+    """A connection around another one, `inner`, to which it leaves how the state is read, written and carried.
+
+    A wrapper that overrides `forward` decides when `inner` runs; one that overrides `read` and `write` instead runs the
+    branch itself, and refuses an `inner` that wants to decide that.
+    """
 
     def __init__(self, width: int, *, index: int = 0, depth: int = 1, dim: int = -1, inner: ConnectionSpec = None):
         super().__init__(width, index=index, depth=depth, dim=dim)
         self.inner = connection(inner)(width, index=index, depth=depth, dim=dim)
+        runs_branch = type(self).forward is Connection.forward
+        if runs_branch and type(self.inner).forward is not Connection.forward:
+            outer, within = type(self).__name__, type(self.inner).__name__
+            raise ConfigurationError(
+                f"connection: {outer} cannot wrap {within}, which decides when its branch runs; wrap the other way round"
+            )
 
     @property
     def keeps(self) -> object:
@@ -140,12 +151,6 @@ class Wrapper(Connection):
 
     def carry(self, state: State, branch: Call) -> State:
         return self.inner.carry(state, branch)
-
-    def skip(self, state: State, branch: Call) -> State:
-        return self.inner.skip(state, branch)
-
-    def forward(self, state: State, branch: Call) -> State:
-        return self.inner(state, branch)
 
 
 def connection(spec: ConnectionSpec = None) -> Callable[..., Connection]:
@@ -210,8 +215,7 @@ class Call:
         self.layer, self.flow, self.cell, self.stepping = layer, flow, cell, stepping
         self.updates: dict[str, Any] = {}
         self.outputs: list[Tensor] = []
-        self._seen: Tensor | None = None
-        self._activated: Tensor | None = None
+        self._activated: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -223,7 +227,7 @@ class Call:
                     f"connection: {type(layer.connection).__name__} runs its branch more than once a visit, "
                     "which a branch that keeps a cache cannot follow"
                 )
-            y, self.cell, updates = layer.branch.step(x, self.cell, **_named(self.flow, layer.step_takes))
+            y, self.cell, updates = cast(Any, layer.branch).step(x, self.cell, **_named(self.flow, layer.step_takes))
         else:
             y, updates = layer.branch(x, **_named(self.flow, layer.takes)), None
             if isinstance(y, tuple):
@@ -241,9 +245,12 @@ class Call:
 
     def _before(self, x: Tensor) -> Tensor:
         # The shortcut and the branch share one run: a second one would update batch statistics twice.
-        if self._seen is not x:
-            self._seen, self._activated = x, cast(nn.Module, self.layer.before)(x)
-        return cast(Tensor, self._activated)
+        for seen, activated in self._activated:
+            if seen is x:
+                return activated
+        activated = cast(nn.Module, self.layer.before)(x)
+        self._activated.append((x, activated))
+        return activated
 
 
 class Stream(nn.Module):
@@ -261,7 +268,7 @@ class Stream(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.checkpoint = checkpoint
-        self._hooks: dict[int, Callable] = {}
+        self._hooks: OrderedDict[int, Callable] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.layers)

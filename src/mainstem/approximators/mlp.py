@@ -60,13 +60,14 @@ def mlp(
         raise ConfigurationError(f"placement: {placement!r} is neither 'pre' nor 'post'")
     make_connection = connect(connection)
     post = placement == "post"
+    branches = [LinearBranch(width, "none" if post else norm, activation) for _ in range(layers)]
     stack = [
         Layer(
-            LinearBranch(width, "none" if post else norm, activation),
+            branch,
             make_connection(width, index=index, depth=layers, dim=-1),
             after=norm_layer(norm)(width, dim=-1) if post else None,
         )
-        for index in range(layers)
+        for index, branch in enumerate(branches)
     ]
     model = Network(
         nn.Sequential(nn.Flatten(), nn.Linear(in_channels, width)),
@@ -74,7 +75,7 @@ def mlp(
         nn.Sequential(nn.Identity() if post else norm_layer(norm)(width, dim=-1), nn.Linear(width, classes)),
         inputs="vector",
     )
-    for layer in stack:  # variance-preserving under ReLU
-        nn.init.kaiming_normal_(layer.branch.linear.weight, nonlinearity="relu")
-        nn.init.zeros_(layer.branch.linear.bias)
+    for branch in branches:  # variance-preserving under ReLU
+        nn.init.kaiming_normal_(branch.linear.weight, nonlinearity="relu")
+        nn.init.zeros_(branch.linear.bias)
     return model

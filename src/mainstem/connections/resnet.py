@@ -137,8 +137,8 @@ def resnet(
     init_convolutions(model)
     if zero_init:
         for layer in layers:
-            last = layer.branch.last_norm
-            if not hasattr(last, "weight"):
+            weight = getattr(layer.branch.last_norm, "weight", None)
+            if not isinstance(weight, nn.Parameter):
                 raise ConfigurationError(f"zero_init: norm {norm!r} has no weight to start at zero")
-            nn.init.zeros_(last.weight)
+            nn.init.zeros_(weight)
     return model

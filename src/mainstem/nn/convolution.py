@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class ZeroPad(nn.Module):
         return f"extra={self.extra}, stride={self.stride}"
 
 
-def init_convolutions(module: nn.Module, mode: str = "fan_out") -> None:
+def init_convolutions(module: nn.Module, mode: Literal["fan_in", "fan_out"] = "fan_out") -> None:
     """He et al.'s normal initial values for every convolution, zero for its bias."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):

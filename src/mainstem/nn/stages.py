@@ -15,7 +15,7 @@ from .norms import norm as norm_layer
 
 EXPANSION = 4  # a bottleneck's output over its inner width
 
-IMAGENET_BLOCKS = {
+IMAGENET_BLOCKS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
     34: ("basic", (3, 4, 6, 3)),
     50: ("bottleneck", (3, 4, 6, 3)),
@@ -49,7 +49,7 @@ def places(width: int, out_widths: Sequence[int], blocks: Sequence[int], strides
             width, index = out_width, index + 1
 
 
-def small_image_blocks(name: str, depth: int, per_block: int, extra: int = 2) -> tuple[int, int, int]:
+def small_image_blocks(name: str, depth: int, per_block: int, extra: int = 2) -> tuple[int, ...]:
     """Layers in each of three equal stages of a network with `depth = 3 per_block n + extra` weighted layers."""
     count, rest = divmod(depth - extra, 3 * per_block)
     if rest or count < 1:
