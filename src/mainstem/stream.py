@@ -130,7 +130,7 @@ class Wrapper(Connection):
         if runs_branch and type(self.inner).forward is not Connection.forward:
             outer, within = type(self).__name__, type(self.inner).__name__
             raise ConfigurationError(
-                f"connection: {outer} cannot wrap {within}, which decides when its branch runs; wrap the other way round"
+                f"connection: {outer} cannot wrap {within}, which decides when its branch runs; swap the two"
             )
 
     @property

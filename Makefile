@@ -1,0 +1,45 @@
+# make compare: the main job on real data.  make test: all tests.  Both build .venv first, and again only when needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install dev compare test lint types check bench index report-picture clean
+
+compare: install
+	$(BIN)/mainstem compare examples/digits.yaml
+
+test: dev
+	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: dev
+	for script in start fit networks connections compare; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+index: install
+	$(BIN)/python -m mainstem.catalogue
+
+install: $(VENV)/.installed
+dev: $(VENV)/.developed
+
+# torch first, by itself: a range that another package gives must not choose a newer one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[data]"
+	touch $@
+
+$(VENV)/.developed: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist
