@@ -1,0 +1,120 @@
+"""What a worker does: build an arm's network, train it, measure it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # here, so that the fork server has it and no worker imports it again
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..data import Data, Split
+from ..errors import ConfigurationError
+from ..files import replacing
+from ..fit import evaluate, fit
+from ..network import network_for
+from ..pairing import paired
+from ..recipe import Budget, Recipe
+from . import cost
+from .experiment import Arm
+from .runner import Job, Outcome
+
+SPLITS = ("train", "val", "test")
+
+
+def run_job(job: Job) -> Outcome:
+    """Train and measure, on the validation split for a tuning trial and on the test split for a final run; or, for a
+    cost job, measure what a training step costs.
+
+    Raises whatever the network, the recipe or the data raise; DivergedError where the loss or the metric is not finite.
+    """
+    assert job.data is not None
+    with _threads(job.recipe.threads):
+        data = read_data(job.data, job.augment)
+        network = paired(functools.partial(build, job.arm, data, job.setting), job.seed)
+        if job.key.kind == "cost":
+            return Outcome(cost=cost.measure(network, data, job.recipe, job.device))
+        recipe = in_steps(job.recipe, network, data)
+        run = fit(network, data, recipe, device=job.device, progress=False)
+        split = data.val if job.key.kind == "tune" else data.test
+        found = evaluate(network, split, data, recipe, device=job.device)
+    outcome = Outcome(
+        value=float(found.metric),
+        loss=float(found.loss),
+        steps=run.steps,
+        seconds=run.seconds,
+        curve=[dict(entry) for entry in run.history],
+        scores=None if found.scores is None else found.scores.astype("<f4").tobytes(),
+    )
+    if math.isfinite(found.metric):
+        return outcome
+    return dataclasses.replace(outcome, status="diverged", reason=f"the metric is {found.metric}", value=None)
+
+
+def build(arm: Arm, data: Data, setting: Mapping[str, Any] | None = None) -> nn.Module:
+    """The arm's network for `data`, with the network options of a tuned setting.
+
+    Raises ConfigurationError if it is not what `mainstem.network` knows, or a callable does not return a module.
+    """
+    tuned = {key: value for key, value in (setting or {}).items() if key not in Recipe.model_fields}
+    options = {**arm.overrides, **tuned}
+    if isinstance(arm.network, str):
+        return network_for(arm.network, data, **options)
+    if isinstance(arm.network, nn.Module):
+        return copy.deepcopy(arm.network)
+    module = arm.network(**options)
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"arm {arm.name}: its callable returned {type(module).__name__}, not a torch module")
+    return module
+
+
+def in_steps(recipe: Recipe, network: nn.Module, data: Data) -> Recipe:
+    """`recipe`, a budget in FLOPs turned into steps (a backward pass counting as two forward ones)."""
+    if recipe.budget.unit != "flops":
+        return recipe
+    forward = cost.flops(network, data.train.x[:1])
+    if forward is None:
+        raise ConfigurationError("budget: this network's FLOPs cannot be counted; give steps, epochs or seconds")
+    steps = round(recipe.budget.amount / (3 * forward * min(recipe.batch_size, len(data.train.x))))
+    return recipe.but(budget=Budget(steps=max(1, steps)))
+
+
+def write_data(data: Data, path: Path) -> None:
+    """Write the tensors of `data` to a file that workers map into memory; all but its augmentation."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in SPLITS:
+        split = getattr(data, name)
+        tensors |= {f"{name}.x": split.x.contiguous(), f"{name}.y": split.y.contiguous()}
+    fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in (*SPLITS, "augment")}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"data": json.dumps(fields)})
+
+
+def read_data(path: Path, augment: Any = None) -> Data:
+    """What `write_data` wrote, without copying it into memory."""
+    with safe_open(path, "pt") as opened:
+        fields = json.loads(opened.metadata()["data"])
+    tensors = load_file(path)
+    splits = {name: Split(tensors[f"{name}.x"], tensors[f"{name}.y"]) for name in SPLITS}
+    return Data(**{**fields, "shape": tuple(fields["shape"]), **splits, "augment": augment})
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

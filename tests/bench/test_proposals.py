@@ -1,0 +1,67 @@
+import math
+
+from mainstem.bench.experiment import parse_space
+from mainstem.bench.plan import first_of_batch
+from mainstem.bench.proposals import SPREAD, propose
+
+SPACE = parse_space(
+    {
+        "lr": {"low": 0.001, "high": 1, "log": True},
+        "batch_size": {"low": 8, "high": 64},
+        "betas": [[0.9, 0.99], [0.9, 0.999]],
+    }
+)
+DEFAULT = {"lr": 0.1, "batch_size": 32, "betas": [0.9, 0.999]}
+
+
+def search(trials, arm="a", seed=0, batch=4, fails=()):
+    """Tuning of an objective whose best lr is 0.02."""
+    results = []
+    for k in range(trials):
+        known = results[: first_of_batch(k, batch)]
+        setting = propose(SPACE, DEFAULT, k, known, seed=seed, arm=arm, higher_is_better=False)
+        results.append((setting, None if k in fails else abs(math.log(setting["lr"] / 0.02))))
+    return [setting for setting, _ in results]
+
+
+def test_trial_0_is_the_default_and_all_lie_in_the_space():
+    settings = search(16)
+    assert settings[0] == DEFAULT
+    for setting in settings:
+        assert 0.001 <= setting["lr"] <= 1
+        assert isinstance(setting["batch_size"], int) and 8 <= setting["batch_size"] <= 64
+        assert setting["betas"] in ([0.9, 0.99], [0.9, 0.999])
+
+
+def test_proposals_repeat_and_differ_between_arms_and_seeds():
+    assert search(12) == search(12)
+    assert search(6)[1:] != search(6, arm="b")[1:]
+    assert search(6)[1:] != search(6, seed=1)[1:]
+    assert len({setting["lr"] for setting in search(16)}) == 16
+
+
+def test_the_first_trials_spread_over_the_range():
+    logs = sorted(math.log10(setting["lr"]) for setting in search(SPREAD)[1:])
+    gaps = [b - a for a, b in zip([-3.0, *logs], [*logs, 0.0], strict=True)]
+    assert max(gaps) < 1.2
+
+
+def test_later_trials_follow_the_results():
+    settings = search(40)
+    distance = [abs(math.log(setting["lr"] / 0.02)) for setting in settings]
+    assert sorted(distance[20:])[10] < sorted(distance[:SPREAD])[SPREAD // 2]
+
+
+def test_a_failed_trial_counts_as_the_worst():
+    settings = search(12)
+    values = [-abs(math.log(setting["lr"] / 0.02)) for setting in settings]
+    values[4] = None
+    ask = {"seed": 0, "arm": "a", "higher_is_better": True}
+
+    def next_if(fourth):
+        known = [(s, fourth if v is None else v) for s, v in zip(settings, values, strict=True)]
+        return propose(SPACE, DEFAULT, 12, known, **ask)
+
+    assert next_if(None) == next_if(min(v for v in values if v is not None))
+    assert next_if(None) != next_if(10.0)
+    assert propose(SPACE, DEFAULT, 12, [(s, None) for s in settings], **ask)["lr"] > 0
