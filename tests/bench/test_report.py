@@ -1,8 +1,18 @@
 """The report and the table, from results that were made up."""
 
+import copy
+import html.parser
+import io
 import math
+import re
 
 import numpy as np
+import pytest
+
+from mainstem.bench import svg, wording
+from mainstem.bench.report import render, write
+from mainstem.bench.statistics import summarise
+from mainstem.bench.table import print_plan, print_result
 
 COSTS = [(41_000, 1.2e6, 0.0051, 3.1e6), (269_000, 5.0e6, 0.0178, 8.4e6), (853_000, 1.6e7, 0.049, 2.2e7)]
 
@@ -10,8 +20,6 @@ COSTS = [(41_000, 1.2e6, 0.0051, 3.1e6), (269_000, 5.0e6, 0.0178, 8.4e6), (853_0
 def made_up(arms=6, seeds=5, tune=4, *, trouble=True, metric="accuracy", spread=0.25):
     """A result as `mainstem compare` writes it: arm 1 is better than the baseline 0, arm 2 ties, later ones vary; with
     `trouble` the last arm failed and one trial and one final run diverged."""
-    from mainstem.bench.statistics import summarise
-
     rng = np.random.default_rng(arms)
     names = [
         "plain-20", "resnet-20", "resnet-20+connection=rezero+norm=none", "wrn-10-2", "plain-56", "resnet-56",
@@ -92,3 +100,232 @@ def made_up(arms=6, seeds=5, tune=4, *, trouble=True, metric="accuracy", spread=
         "notes": ["resnet-20: the best lr is the largest that finished (0.61); a wider range may do better."]
         if trouble else [],
     }  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """Elements, attributes and text of a page, with a check that elements are closed in order."""
+
+    VOID = frozenset({"meta", "input", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def every_state():
+    yield "six arms", made_up(6)
+    yield "one arm", made_up(1, trouble=False)
+    yield "two arms", made_up(2, trouble=False)
+    yield "twelve arms", made_up(12)
+    yield "lower is better", made_up(5, metric="nats")
+    yield "one seed, no tuning", made_up(3, seeds=1, tune=0)
+    yield "no spread", made_up(3, spread=0.0)
+    failed = made_up(3)
+    for arm in failed["arms"]:
+        arm |= {"status": "failed", "reason": "RuntimeError", "mean": None, "low": None, "high": None}
+        arm |= {"setting": None, "finals": [], "cost": dict.fromkeys(arm["cost"])}
+        for trial in arm["trials"]:
+            trial |= {"status": "error", "reason": None, "value": None}
+        if arm["difference"]:
+            arm["difference"] = dict.fromkeys(arm["difference"]) | {"verdict": "unknown"}
+    yield "nothing finished", failed
+    bare = made_up(3)
+    for run in (run for arm in bare["arms"] for run in arm["finals"]):
+        run["curve"] = [{**point, "val_loss": None} for point in run["curve"][:1]]
+    yield "a curve of one point", bare
+
+
+STATES = dict(every_state())
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_result_has_a_whole_page(state):
+    result = STATES[state]
+    text = render(result)
+    page = Page(text)
+    for arm in result["arms"]:
+        assert arm["name"].replace("+", " +") in page.words or arm["name"] in page.words
+    for _, value in page.attributes:
+        assert value is None or not re.search(r"\b(nan|inf|None)\b", value)
+    assert result["data"]["sha256"] in page.words
+    assert result["command"] in page.words
+    assert "2.13.0+cpu" in page.words
+
+
+def test_a_page_needs_nothing_else():
+    text = render(made_up(6))
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset") or name.startswith("on")]
+    assert "@import" not in text and "http" not in re.sub(r'http-equiv="[^"]*"', "", text)
+    assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", text))
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    references = [value for name, value in page.attributes if name == "for"]
+    assert set(references) <= set(ids)
+
+
+@pytest.mark.parametrize("arms", [3, 9])
+def test_markup_in_names_and_data_is_only_text(arms):
+    evil = '<script>alert("x")</script><img src=x onerror=alert(1)>\'"></style></svg>&'
+    result = copy.deepcopy(made_up(arms))
+    first = result["arms"][0]
+    old = first["name"]
+    for arm in result["arms"]:
+        arm["description"] = arm["reason"] = evil
+        arm["name"] = arm["name"].replace(old, evil)
+        for run in [*arm["finals"], *arm["trials"]]:
+            run["reason"] = evil
+        for trial in arm["trials"]:
+            trial["setting"] = {evil: evil}
+        arm["setting"] = {evil: evil}
+    result |= {"baseline": evil, "command": evil, "notes": [evil], "created": evil}
+    result["data"] |= {"name": evil, "task": evil}
+    result["metric"] |= {"name": evil, "unit": evil}
+    result["versions"] = {evil: evil}
+    result["hardware"] |= {"cpu": evil, "device": evil}
+    result["experiment"] |= {"budget": evil, "recipe": {evil: evil}}
+    page = Page(render(result))
+    harmless = Page(render(made_up(arms)))
+    assert set(page.tags) <= set(harmless.tags) | {"br"}
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "src"]
+    assert 'alert("x")' in page.words
+
+
+def test_verdicts_failures_and_what_could_have_been_seen_are_told():
+    result = made_up(6)
+    words = Page(render(result)).words
+    assert wording.headline(result) == "wrn-10-2 beats plain-20 by 2.54 points"
+    assert "2 better than, 1 tied with, 1 worse than plain-20; 1 failed" in words
+    assert "mat1 and mat2 shapes cannot be multiplied" in words
+    assert "final runs, seeds 0, 1, 2, 3, 4" in words
+    assert "4 of 5 runs finished" in words
+    assert "Not counted for wrn-10-2" in words  # it has no FLOPs
+    tie = next(arm for arm in result["arms"] if arm["difference"] and arm["difference"]["verdict"] == "tie")
+    assert f"{tie['difference']['detectable']:.2f}" in words
+
+
+def test_writing_replaces_the_file(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    write(made_up(2), path)
+    assert path.read_text(encoding="utf-8") == render(made_up(2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def printed(result, width=None):
+    file = io.StringIO()
+    print_result(result, file, width)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_its_terminal(state, width):
+    result = STATES[state]
+    text = printed(result, width)
+    assert max(map(len, text.splitlines())) <= width
+    together = re.sub(r"\s", "", text)
+    assert all(re.split(r"[+]", arm["name"])[0] in together for arm in result["arms"])
+    assert re.sub(r"\s", "", wording.headline(result)) in together
+
+
+def test_the_table_says_what_the_report_says():
+    text = printed(made_up(6))
+    rows = {line.split("  ")[0].strip(): line for line in text.splitlines() if "  " in line}
+    assert "98.37 ± 1.10" in rows["wrn-10-2"] and "+2.54 ± 0.29" in rows["wrn-10-2"]
+    assert "▲ better" in rows["wrn-10-2"] and "▼ worse" in rows["plain-56"] and "failed" in rows["resnet-56"]
+    assert "= tie" in rows["resnet-20+connection=rezero+norm=none"]
+    assert "a true difference of 0.89 points would have been seen 4 times in 5" in text
+    assert "\x1b" not in text  # plain where it is not a terminal
+
+
+def test_brackets_in_names_are_not_taken_for_styles():
+    result = made_up(2, trouble=False)
+    result["arms"][1]["name"] = "[red]arm[/red]"
+    assert "[red]arm[/red]" in printed(result)
+
+
+def test_a_plan_says_what_would_run_and_for_how_long():
+    arm = {"name": "resnet-20", "description": "", "runs": 9, "steps": 1700, "step_seconds": 0.02, "seconds": 34.0}
+    plan = {
+        "arms": [{**arm, "reason": None}, {**arm, "name": "odd", "steps": None, "seconds": None, "reason": "KeyError"}],
+        "runs": 18, "workers": 2, "seconds": 153.0, "data": {"name": "digits"}, "metric": {},
+    }  # fmt: skip
+    file = io.StringIO()
+    print_plan(plan, file)
+    text = file.getvalue()
+    assert "18 runs on digits, about 2 min 33 s with 2 workers. Nothing was run." in text
+    assert "1 700" in text and "34.0 s" in text and "odd would fail: KeyError" in text
+
+
+def test_numbers_as_people_read_them():
+    assert [wording.count(n) for n in (None, 0, 950, 269_434, 36_479_194, 999_999)] == [
+        "–", "0", "950", "269 k", "36.5 M", "1.00 M",
+    ]  # fmt: skip
+    assert [wording.duration(s) for s in (2e-5, 0.0178, 2.4, 59.9, 80, 3900)] == [
+        "20.0 µs", "17.8 ms", "2.40 s", "59.9 s", "1 min 20 s", "1 h 5 min",
+    ]  # fmt: skip
+    assert [wording.probability(p) for p in (None, 0.0004, 0.0421, 0.31)] == ["–", "<0.001", "0.042", "0.31"]
+    assert wording.size(8_791_448) == "8.79 MB"
+
+
+def test_headlines():
+    assert wording.headline(STATES["one arm"]).startswith("plain-20 reaches")
+    assert wording.headline(STATES["nothing finished"]) == "No arm finished"
+    assert wording.headline(STATES["one seed, no tuning"]) == "Too few runs for a verdict"
+    same = made_up(2, trouble=False)
+    same["arms"][1]["difference"]["verdict"] = "tie"
+    assert wording.headline(same) == "resnet-20 and plain-20 tie"
+    same["arms"][1]["difference"]["verdict"] = "worse"
+    assert wording.headline(same) == "plain-20 beats the other arm"
+
+
+def test_ticks_are_round_and_inside():
+    assert svg.Scale(0.3, 9.7, 0, 100).ticks(5) == [2, 4, 6, 8]
+    assert svg.Scale(73.9, 100.2, 0, 100).ticks(6) == [75, 80, 85, 90, 95, 100]
+    assert svg.Scale(3e4, 2e6, 0, 100, log=True).ticks(6) == pytest.approx([3e4, 1e5, 3e5, 1e6])
+    assert svg.Scale(4e4, 6e4, 0, 100, log=True).ticks(6) == pytest.approx([4e4, 5e4, 6e4])
+    assert svg.Scale(1, 1000, 0, 90, log=True)(10) == pytest.approx(30)
+    assert svg.spread([5.0, 5.0]) != (5.0, 5.0)
+
+
+def test_labels_keep_apart_and_stay_inside():
+    placed = svg.apart([50.0, 51.0, 52.0, 120.0], 0, 200)
+    gaps = np.diff(sorted(placed))
+    assert gaps.min() >= svg.LINE - 0.5
+    assert placed == sorted(placed) and placed[3] == 120
+    crowded = svg.apart([10.0] * 12, 0, 100)
+    assert min(crowded) >= -1 and max(crowded) <= 101
+    taken = []
+    for _ in range(6):
+        svg.place(100, 100, 60, (0, 0, 300, 200), taken)
+    overlaps = [svg._overlap(a, b) for i, a in enumerate(taken) for b in taken[:i]]
+    assert max(overlaps) == 0
+
+
+def test_the_front_is_what_no_cheaper_arm_equals():
+    points = [svg.Point(n, 0, x, y) for n, x, y in [("a", 1, 5), ("b", 2, 7), ("c", 3, 6), ("d", 4, 7), ("e", 5, 8)]]
+    assert [p.name for p in svg.frontier(points, True)] == ["a", "b", "e"]
+    assert [p.name for p in svg.frontier(points, False)] == ["a"]

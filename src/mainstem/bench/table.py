@@ -23,9 +23,10 @@ def print_result(result: Result, file: IO[str] | None = None, width: int | None 
     console = _console(file, width)
     words = Words.of(result)
     console.print(result_table(result, console.width))
-    console.print(
-        Text(f"± is half a 95 % interval; p is corrected for {len(result['arms']) - 1} comparisons.", style="dim")
-    )
+    tests = sum(bool(arm["difference"]) and arm["difference"]["p_holm"] is not None for arm in result["arms"])
+    if any(arm["low"] is not None for arm in result["arms"]):
+        corrected = f"; p is corrected for {tests} comparisons" if tests > 1 else ""
+        console.print(Text(f"± is half a 95 % interval{corrected}.", style="dim"))
     console.print()
     console.print(Text(wording.headline(result) + ".", style="bold"))
     ties = [arm for arm in wording.ranked(result) if words.verdict(arm) == "tie"]

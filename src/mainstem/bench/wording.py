@@ -177,6 +177,7 @@ def _scaled(number: float | None, base: float, prefixes: Sequence[str]) -> str:
 
 def _figures(number: float) -> str:
     """Three significant figures, without an exponent."""
+    number = float(f"{number:.3g}")
     decimals = max(0, 2 - math.floor(math.log10(abs(number)) + 1e-9)) if number else 0
     return f"{number:.{decimals}f}"
 
