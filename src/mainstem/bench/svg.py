@@ -160,8 +160,9 @@ class Frame:
                 tag("text", label, x=left - 8, y=at + 4, class_="tick end"),
             ]
         room = -math.inf
-        for value in self.x.ticks(ticks[0]):
-            at, label = self.x(value), x_format(value)
+        values = self.x.ticks(ticks[0])
+        for value, label in zip(values, tick_labels(self.x, values, x_format), strict=True):
+            at = self.x(value)
             half = len(label) * CHARACTER / 2
             self.content.append(tag("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis"))
             if at - half > room:
@@ -264,11 +265,13 @@ def scatter(
     frame = Frame(width, height, x, y, title, "; ".join(f"{p.name}: {x_format(p.x)}, {y_format(p.y)}" for p in points))
     frame.axes(x_label, x_format, y_format, (max(2, int(width / 90)), max(2, int(height / 55))))
     front = frontier(points, higher_is_better)
+    taken = [(x(p.x) - 7, y(p.y) - 7, x(p.x) + 7, y(p.y) + 7) for p in points]
     if len(front) > 1:
         steps = [(x(p.x), y(p.y)) for p in front]
         corners = [corner for a, b in itertools.pairwise(steps) for corner in (a, (b[0], a[1]))] + steps[-1:]
         frame.content.append(tag("path", d=path(corners), class_="front"))
-    taken = [(x(p.x) - 7, y(p.y) - 7, x(p.x) + 7, y(p.y) + 7) for p in points]
+        for (x1, y1), (x2, y2) in itertools.pairwise(corners):
+            taken.append((min(x1, x2) - 2, min(y1, y2) - 2, max(x1, x2) + 2, max(y1, y2) + 2))
     box = (left, y.end, x.end, y.start)
     for p in sorted(points, key=lambda p: p.x):
         a, b = x(p.x), y(p.y)
@@ -351,7 +354,7 @@ def interval_strip(
         tag("title", told),
         tag("line", x1=x(0), x2=x(0), y1=0.0, y2=22.0, class_="zero"),
         bar,
-        tag("circle", cx=x(mean), cy=11.0, r=4),
+        tag("circle", cx=x(mean), cy=11.0, r=3.4),
         viewBox="0 0 140 22", class_=f"strip {kind}", role="img", aria_label=told,
     )  # fmt: skip
 
@@ -443,5 +446,5 @@ def short(text: str, most: int = 30) -> str:
     """`text`, its middle left out where it is longer than `most`."""
     if len(text) <= most:
         return text
-    head = (most - 1) * 2 // 3
+    head = most // 2
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
