@@ -309,6 +309,15 @@ def test_ticks_are_round_and_inside():
     assert svg.Scale(4e4, 6e4, 0, 100, log=True).ticks(6) == pytest.approx([4e4, 5e4, 6e4])
     assert svg.Scale(1, 1000, 0, 90, log=True)(10) == pytest.approx(30)
     assert svg.spread([5.0, 5.0]) != (5.0, 5.0)
+    assert svg.Scale(61, 99, 0, 100).ticks(2) == [70, 80, 90]
+
+
+def test_tick_labels_have_the_decimals_that_tell_them_apart():
+    linear, log = svg.Scale(0, 1, 0, 1), svg.Scale(1, 10, 0, 1, log=True)
+    assert svg.tick_labels(linear, [95.0, 95.5, 96.0], str) == ["95.0", "95.5", "96.0"]
+    assert svg.tick_labels(linear, [80.0, 90.0], str) == ["80", "90"]
+    assert svg.tick_labels(log, [0.01, 0.1], wording.duration) == ["10 ms", "100 ms"]
+    assert svg.tick_labels(log, [3e5, 1.5e6, 1e7], wording.count) == ["300 k", "1.5 M", "10 M"]
 
 
 def test_labels_keep_apart_and_stay_inside():

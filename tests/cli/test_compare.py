@@ -80,12 +80,12 @@ print(commands)
 
 def test_options_become_an_experiment(capsys, caught):
     experiment, options = chosen(
-        capsys, caught, "plain-20", "resnet-20+connection=rezero+norm=none+lr=0.05", "--data", "digits",
-        "--baseline", "plain-20", "--seeds", "3", "--tune", "2", "--budget", "steps=7", "--metric", "nats", "--device",
+        capsys, caught, "resnet-14", "resnet-20+connection=rezero+norm=none+lr=0.05", "--data", "digits",
+        "--baseline", "resnet-14", "--seeds", "3", "--tune", "2", "--budget", "steps=7", "--metric", "nats", "--device",
         "cpu", "--workers", "2", "--threads", "1", "--out", "somewhere", "--recipe", "batch_size=32",
         "--recipe", "optimiser=adamw", "--redraw",
     )  # fmt: skip
-    assert [arm.name for arm in experiment.arms] == ["plain-20", "resnet-20+connection=rezero+norm=none+lr=0.05"]
+    assert [arm.name for arm in experiment.arms] == ["resnet-14", "resnet-20+connection=rezero+norm=none+lr=0.05"]
     assert experiment.arms[1].recipe == {"lr": 0.05}
     assert experiment.final_seeds == (0, 1, 2)
     assert (experiment.tune, str(experiment.budget), experiment.metric) == (2, "steps=7", "nats")
@@ -95,42 +95,42 @@ def test_options_become_an_experiment(capsys, caught):
 
 
 def test_seeds_may_be_listed(capsys, caught):
-    experiment, _ = chosen(capsys, caught, "plain-20", "--data", "digits", "--seeds", "7,3")
+    experiment, _ = chosen(capsys, caught, "resnet-14", "--data", "digits", "--seeds", "7,3")
     assert experiment.final_seeds == (7, 3)
 
 
 def test_a_file_with_options_beside_it(tmp_path, capsys, caught):
     path = tmp_path / "experiment.yaml"
     path.write_text(
-        "arms: [plain-20, resnet-20]\ndata: digits\nseeds: 4\nbudget: {epochs: 2}\n"
+        "arms: [resnet-14, resnet-20]\ndata: digits\nseeds: 4\nbudget: {epochs: 2}\n"
         "recipe: {lr: 0.2, batch_size: 16}\nspace: {lr: {low: 1e-3, high: 1, log: true}}\n"
     )
     for given in ([path], ["--experiment", path]):
         experiment, _ = chosen(capsys, caught, *given, "--tune", "1", "--recipe", "lr=0.3")
-        assert [arm.name for arm in experiment.arms] == ["plain-20", "resnet-20"]
+        assert [arm.name for arm in experiment.arms] == ["resnet-14", "resnet-20"]
         assert (experiment.tune, len(experiment.final_seeds), str(experiment.budget)) == (1, 4, "epochs=2")
         assert experiment.recipe == {"lr": 0.3, "batch_size": 16}
         assert experiment.space["lr"].low == 0.001
-    experiment, _ = chosen(capsys, caught, "plain-56", "--experiment", path)
-    assert [arm.name for arm in experiment.arms] == ["plain-56"]
+    experiment, _ = chosen(capsys, caught, "resnet-56", "--experiment", path)
+    assert [arm.name for arm in experiment.arms] == ["resnet-56"]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "arms: name at least one"),
-        (["plain-20"], "data: say on what to compare"),
-        (["plain-20", "--data", "digits", "--seeds", "many"], "seeds: 'many' is neither"),
-        (["plain-20", "--data", "digits", "--budget", "steps=-4"], "budget"),
-        (["plain-20", "--data", "digits", "--budget", "forever"], "'forever' is not of the form"),
-        (["plain-20", "--data", "digits", "--recipe", "lr"], "recipe: 'lr' is not of the form key=value"),
-        (["plain-20", "--data", "digits", "--recipe", "learning_rate=1"], "learning_rate"),
-        (["plain-20", "--data", "digits", "--baseline", "plain-2"], "did you mean 'plain-20'"),
-        (["plain-20", "plain-20", "--data", "digits"], "more than one is called 'plain-20'"),
+        (["resnet-14"], "data: say on what to compare"),
+        (["resnet-14", "--data", "digits", "--seeds", "many"], "seeds: 'many' is neither"),
+        (["resnet-14", "--data", "digits", "--budget", "steps=-4"], "budget"),
+        (["resnet-14", "--data", "digits", "--budget", "forever"], "'forever' is not of the form"),
+        (["resnet-14", "--data", "digits", "--recipe", "lr"], "recipe: 'lr' is not of the form key=value"),
+        (["resnet-14", "--data", "digits", "--recipe", "learning_rate=1"], "learning_rate"),
+        (["resnet-14", "--data", "digits", "--baseline", "resnet-1"], "did you mean 'resnet-14'"),
+        (["resnet-14", "resnet-14", "--data", "digits"], "more than one is called 'resnet-14'"),
         (["nothing-here.yaml"], "nothing-here.yaml: No such file"),
         (["resnet-2O", "--data", "digits", "--seeds", "1"], "resnet-2O"),
-        (["plain-20", "--data", "digitz", "--seeds", "1"], "did you mean 'digits'"),
-        (["plain-20", "--data", "digits", "--metric", "acuracy", "--seeds", "1"], "did you mean 'accuracy'"),
+        (["resnet-14", "--data", "digitz", "--seeds", "1"], "did you mean 'digits'"),
+        (["resnet-14", "--data", "digits", "--metric", "acuracy", "--seeds", "1"], "did you mean 'accuracy'"),
     ],
 )
 def test_a_mistake_is_one_readable_message(arguments, message, capsys, tmp_path, monkeypatch):

@@ -48,7 +48,10 @@ class Scale:
 
     def ticks(self, most: int) -> list[float]:
         """Round numbers inside the domain, about `most` of them at most."""
-        return _log_ticks(self.low, self.high, most) if self.log else _linear_ticks(self.low, self.high, most)
+        if self.log:
+            return _log_ticks(self.low, self.high, most)
+        found = _linear_ticks(self.low, self.high, most)
+        return found if len(found) > 1 else _linear_ticks(self.low, self.high, 2 * most)
 
 
 def spread(values: Iterable[float], margin: float = 0.06, log: bool = False) -> tuple[float, float]:
@@ -75,9 +78,14 @@ def _linear_ticks(low: float, high: float, most: int) -> list[float]:
 def tick_labels(scale: Scale, values: Sequence[float], written: Format) -> list[str]:
     """The ticks' labels: with the decimals that their step needs, or as values are `written` on a log axis."""
     if scale.log or len(values) < 2:
-        return [re.sub(r"(\.\d*?)0+(?=\D|$)", r"\1", written(value)).replace(". ", " ") for value in values]
+        return [_trim(written(value)) for value in values]
     decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-9))
     return [f"{value:.{decimals}f}".replace("-", "−") for value in values]
+
+
+def _trim(label: str) -> str:
+    """`10 ms` from `10.0 ms`: a number without the zeros that say nothing."""
+    return re.sub(r"(\d)\.(\d*?)0+(?!\d)", lambda found: found[1] + ("." + found[2] if found[2] else ""), label)
 
 
 def _left(scale: Scale, written: Format, most: int) -> float:

@@ -29,7 +29,7 @@ class Words:
         halves = [(b["high"] - b["low"]) / 2 for b in bounds if b["low"] is not None and b["high"] > b["low"]]
         largest = max((abs(arm["mean"]) for arm in arms), default=1.0) or 1.0
         halves.sort()
-        size = halves[len(halves) // 2] if halves else largest / 100
+        size = halves[len(halves) // 4] if halves else largest / 100
         decimals = min(max(1 - math.floor(math.log10(size)), 0), 6) if size > 0 else 2
         return cls(metric["name"], metric["unit"], decimals, bool(metric["higher_is_better"]), result["baseline"])
 

@@ -55,13 +55,13 @@ def compare(
 
     [bold]Examples[/bold]
 
-    [cyan]mainstem compare plain-20 resnet-20 wrn-10-2 --data digits[/cyan]
+    [cyan]mainstem compare resnet-20+connection=plain resnet-20 wrn-10-2 --data digits[/cyan]
 
     [cyan]mainstem compare resnet-20 resnet-20+connection=rezero+lr=0.05 --data digits:300 --seeds 10[/cyan]
 
     [cyan]mainstem compare mlp-4x64 mlp-16x64 --data csv:houses.csv --target price --budget epochs=30[/cyan]
 
-    [cyan]mainstem compare plain-20 resnet-20 --data digits --budget steps=300 --tune 0 --dry-run[/cyan]
+    [cyan]mainstem compare resnet-20 resnet-56 --data digits --budget steps=300 --tune 0 --dry-run[/cyan]
 
     [cyan]mainstem compare experiment.yaml --out runs/depth[/cyan]
     """
@@ -110,7 +110,7 @@ def _experiment(arms: list[str], file: Path | None, given: dict[str, Any], recip
         return Experiment.from_yaml(file, **given)
     if not arms:
         raise ConfigurationError(
-            "arms: name at least one, for instance mainstem compare plain-20 resnet-20 --data digits"
+            "arms: name at least one, for instance mainstem compare resnet-20 wrn-10-2 --data digits"
         )
     if "data" not in given:
         raise ConfigurationError("data: say on what to compare, for instance --data digits")
