@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from mainstem.bench import svg, wording
+from mainstem.bench import charts, svg, wording
 from mainstem.bench.report import render, write
 from mainstem.bench.statistics import summarise
 from mainstem.bench.table import print_plan, print_result
@@ -321,20 +321,20 @@ def test_tick_labels_have_the_decimals_that_tell_them_apart():
 
 
 def test_labels_keep_apart_and_stay_inside():
-    placed = svg.apart([50.0, 51.0, 52.0, 120.0], 0, 200)
+    placed = charts.apart([50.0, 51.0, 52.0, 120.0], 0, 200)
     gaps = np.diff(sorted(placed))
     assert gaps.min() >= svg.LINE - 0.5
     assert placed == sorted(placed) and placed[3] == 120
-    crowded = svg.apart([10.0] * 12, 0, 100)
+    crowded = charts.apart([10.0] * 12, 0, 100)
     assert min(crowded) >= -1 and max(crowded) <= 101
     taken = []
     for _ in range(6):
-        svg.place(100, 100, 60, (0, 0, 300, 200), taken)
-    overlaps = [svg._overlap(a, b) for i, a in enumerate(taken) for b in taken[:i]]
+        charts.place(100, 100, 60, (0, 0, 300, 200), taken)
+    overlaps = [charts._overlap(a, b) for i, a in enumerate(taken) for b in taken[:i]]
     assert max(overlaps) == 0
 
 
 def test_the_front_is_what_no_cheaper_arm_equals():
-    points = [svg.Point(n, 0, x, y) for n, x, y in [("a", 1, 5), ("b", 2, 7), ("c", 3, 6), ("d", 4, 7), ("e", 5, 8)]]
-    assert [p.name for p in svg.frontier(points, True)] == ["a", "b", "e"]
-    assert [p.name for p in svg.frontier(points, False)] == ["a"]
+    points = [charts.Point(n, 0, x, y) for n, x, y in [("a", 1, 5), ("b", 2, 7), ("c", 3, 6), ("d", 4, 7), ("e", 5, 8)]]
+    assert [p.name for p in charts.frontier(points, True)] == ["a", "b", "e"]
+    assert [p.name for p in charts.frontier(points, False)] == ["a"]

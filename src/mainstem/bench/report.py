@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..files import write_text
-from . import svg, wording
+from . import charts, svg, wording
 from .statistics import interval
 from .wording import Result, Words
 
@@ -86,7 +86,7 @@ def _strips(words: Words, arms: Sequence[dict[str, Any]]) -> dict[str, Markup]:
     ends = [row["difference"][k] for row in rows.values() for k in ("mean", "low", "high")]
     domain = svg.spread([0.0, *(end for end in ends if end is not None)])
     return {
-        name: svg.interval_strip(
+        name: charts.interval_strip(
             row["difference"]["mean"], row["difference"]["low"], row["difference"]["high"],
             domain, words.told(row), words.verdict(row),
         )
@@ -113,7 +113,7 @@ def _curves(
             continue
         domain = _focus(series, words.higher_is_better if quantity == "val_metric" else False, log)
         draw = functools.partial(
-            svg.curves, x_label=x_label, x_format=_plain, y_format=written, y_domain=domain, log=log
+            charts.curves, x_label=x_label, x_format=_plain, y_format=written, y_domain=domain, log=log
         )
         clipped = any(not domain[0] <= value <= domain[1] for s in series for value in s.mean)
         tab: dict[str, Any] = {"title": title, "clipped": clipped, "each": [], "wide": None, "narrow": None}
@@ -129,19 +129,19 @@ def _curves(
 
 
 def _multiples(
-    series: Sequence[svg.Series], draw: Callable[..., Markup], quantity: str, baseline: str
+    series: Sequence[charts.Series], draw: Callable[..., Markup], quantity: str, baseline: str
 ) -> list[tuple[str, Markup]]:
     """A small chart an arm, the baseline's line behind each."""
-    behind = [svg.Series(s.name, 0, s.x, s.mean, quiet=True) for s in series if s.name == baseline]
-    charts = []
+    behind = [charts.Series(s.name, 0, s.x, s.mean, quiet=True) for s in series if s.name == baseline]
+    drawn = []
     for i, s in enumerate(series):
         others = [] if s.name == baseline else behind
         chart = draw([*others, s], width=330, height=210, title=s.name, labels=False, name=f"{quantity}-{i}")
-        charts.append((s.name, chart))
-    return charts
+        drawn.append((s.name, chart))
+    return drawn
 
 
-def _series(arm: dict[str, Any], x: str, quantity: str, colour: int, log: bool) -> svg.Series | None:
+def _series(arm: dict[str, Any], x: str, quantity: str, colour: int, log: bool) -> charts.Series | None:
     """The arm's mean curve over its finished runs, evaluation by evaluation, with a 95 % interval over seeds."""
     runs = [run["curve"] for run in arm["finals"] if run["status"] == "ok" and run["curve"]]
     points = []
@@ -154,12 +154,12 @@ def _series(arm: dict[str, Any], x: str, quantity: str, colour: int, log: bool) 
         return None
     xs, means, lows, highs = zip(*points, strict=True)
     if len(runs) < 2:
-        return svg.Series(arm["name"], colour, xs, means)
+        return charts.Series(arm["name"], colour, xs, means)
     least = min(means) / 100  # where a band on a logarithmic axis is cut off
-    return svg.Series(arm["name"], colour, xs, means, [max(v, least) for v in lows] if log else lows, highs)
+    return charts.Series(arm["name"], colour, xs, means, [max(v, least) for v in lows] if log else lows, highs)
 
 
-def _focus(series: Sequence[svg.Series], higher_is_better: bool, log: bool) -> tuple[float, float]:
+def _focus(series: Sequence[charts.Series], higher_is_better: bool, log: bool) -> tuple[float, float]:
     """The range that shows how the curves end: the first fifth of each may leave it at the bad end."""
     late = [value for s in series for value in s.mean[len(s.mean) // 5 :]]
     bounds = [v for s in series for edge in (s.low, s.high) if edge for v in edge[len(s.mean) // 2 :]]
@@ -175,7 +175,7 @@ def _scatters(words: Words, arms: Sequence[dict[str, Any]], colours: dict[str, i
     tabs = []
     for cost, (title, written) in COSTS.items():
         points = [
-            svg.Point(
+            charts.Point(
                 arm["name"], colours[arm["name"]], arm["cost"][cost], arm["mean"], arm["low"], arm["high"],
                 f" ({words.interval(arm)})" if arm["low"] is not None else "",
             )
@@ -185,7 +185,7 @@ def _scatters(words: Words, arms: Sequence[dict[str, Any]], colours: dict[str, i
         if len(points) < 2:
             continue
         draw = functools.partial(
-            svg.scatter, points, title=f"{words.name} against {title.lower()}", x_label=f"{title} (logarithmic)",
+            charts.scatter, points, title=f"{words.name} against {title.lower()}", x_label=f"{title} (logarithmic)",
             x_format=written, y_format=words.value, higher_is_better=words.higher_is_better,
         )  # fmt: skip
         left_out = [arm["name"] for arm in arms if arm["mean"] is not None and not arm["cost"].get(cost)]
@@ -213,20 +213,20 @@ def _tuning(words: Words, arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
         domain = svg.spread([v for v in values if v <= top + 2 * (top - values[0])])
     else:
         domain = svg.spread([v for v in values if v >= low])
-    charts = []
+    drawn = []
     for arm in arms:
         points = [
             (float(t["setting"][key]), _inside(t["value"], domain), _trial(words, t), t["setting"] == arm["setting"])
             for t in arm["trials"]
         ]
         if points:
-            chart = svg.trials(
+            chart = charts.trials(
                 points, title=f"{arm['name']}: validation {words.name} against {key}",
                 x_domain=svg.spread(numbers, log=min(numbers) > 0), y_domain=domain,
                 x_format=_plain, y_format=words.value,
             )  # fmt: skip
-            charts.append((arm["name"], chart))
-    return {"rows": rows, "charts": charts, "key": key}
+            drawn.append((arm["name"], chart))
+    return {"rows": rows, "charts": drawn, "key": key}
 
 
 def _inside(value: float | None, domain: tuple[float, float]) -> float | None:
