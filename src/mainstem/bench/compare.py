@@ -20,7 +20,7 @@ from .experiment import SHARED, Experiment
 from .plan import Plan, execute
 from .progress import Display
 from .result import FILE, SCHEMA, assemble, cores, hardware, table
-from .runner import ForkServerRunner, InProcessRunner, Job, Key, Runner, closing, pack
+from .runner import ForkServerRunner, InProcessRunner, Job, Key, Runner, closing, pack, start_server
 
 if TYPE_CHECKING:
     import pandas
@@ -126,11 +126,13 @@ def run(
     `command` is what the report says would do it again; None: this process's command line. Arguments and errors are
     those of `compare`.
     """
+    if workers != 0:
+        start_server()  # it imports what workers need while this process does the same
     from .report import write
     from .store import Store, locked
     from .worker import run_job
 
-    prepared = prepare(experiment)
+    prepared = prepare(experiment, workers)
     device = prepared.device
     workers = default_workers(device, experiment.threads) if workers is None else workers
     if workers < 0:
@@ -138,7 +140,7 @@ def run(
     folder = Path(out) if out is not None else _new_folder()
     with locked(folder), _files_explained(folder):
         opened = Store(folder, prepared.fingerprint, store)
-        with contextlib.closing(opened), prepared.written(folder / "data") as plan:
+        with contextlib.closing(opened), prepared.shared(folder / ".data") as plan:
             display = Display(prepared.metric.unit or prepared.metric.name, progress)
             if any(True for _ in plan.ready(opened.runs)):
                 runner = InProcessRunner(run_job) if workers == 0 else ForkServerRunner(workers, run_job)
@@ -207,7 +209,7 @@ class Prepared:
     @property
     def about_data(self) -> dict[str, Any]:
         data = self.first
-        sizes = {name: len(getattr(data, name).x) for name in ("train", "val", "test")}
+        sizes = {name: len(getattr(data, name)) for name in ("train", "val", "test")}
         return {"name": data.name, "task": data.task, "sha256": data.sha256, "sizes": sizes}
 
     @property
@@ -216,24 +218,28 @@ class Prepared:
         return {"name": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
 
     @contextlib.contextmanager
-    def written(self, folder: Path) -> Iterator[Plan]:
-        """The plan, while the data lie in `folder` for workers to map."""
-        from .worker import write_data
+    def shared(self, folder: Path) -> Iterator[Plan]:
+        """The plan, while the data lie in `folder` for workers to map (where they fit into memory)."""
+        from .worker import in_memory, write_data
 
-        paths = {seed: folder / f"{'data' if seed is None else seed}.safetensors" for seed in self.data}
-        for seed, path in paths.items():
-            write_data(self.data[seed], path)
-        yield Plan(self.experiment, self.metric.higher_is_better, paths, self.first.augment, self.device)
-        for path in paths.values():
-            path.unlink()
-        folder.rmdir()
+        shared: dict[int | None, Any] = dict(self.data)
+        for seed, data in self.data.items():
+            if in_memory(data):
+                shared[seed] = folder / f"{'data' if seed is None else seed}.safetensors"
+                write_data(data, shared[seed])
+        yield Plan(self.experiment, self.metric.higher_is_better, shared, self.first.augment, self.device)
+        for path in shared.values():
+            if isinstance(path, Path):
+                path.unlink()
+        with contextlib.suppress(OSError):  # there was none, or something else lies in it
+            folder.rmdir()
 
 
-def prepare(experiment: Experiment) -> Prepared:
+def prepare(experiment: Experiment, workers: int | None = None) -> Prepared:
     """Load the data and build every arm once, so that what cannot run is said before anything does.
 
     Raises ConfigurationError for a device, data set, metric, network, option, recipe or search range that cannot be
-    used, and for an arm that cannot be sent to a worker.
+    used, and for an arm that cannot be sent to a worker, unless there are to be none.
     """
     import torch
 
@@ -250,6 +256,10 @@ def prepare(experiment: Experiment) -> Prepared:
             data[seed] = load(experiment.data, seed=seed, target=experiment.target, **experiment.data_options)
     else:
         data[None] = data_of(experiment.data)
+    for entry in data.values():
+        for role in ("train", *(["val"] if experiment.tune else []), "test"):
+            if not len(getattr(entry, role)):
+                raise ConfigurationError(f"data: {entry.name} has no {role} examples, which the comparison needs")
     prepared = Prepared(experiment, data, metric(experiment.metric, next(iter(data.values()))), device)
     for arm in experiment.arms:
         setting = experiment.default(arm)
@@ -262,7 +272,8 @@ def prepare(experiment: Experiment) -> Prepared:
                 raise ConfigurationError(f"arm {arm.name}: {error}") from None
             except TypeError as error:  # an option of the wrong type, or one that is not known
                 raise ConfigurationError(f"arm {arm.name}: {error}") from None
-        pack(run_job, Job(Key(arm.name, "tune", 0), arm, setting, 0, recipe, augment=prepared.first.augment))
+        if workers != 0:
+            pack(run_job, Job(Key(arm.name, "tune", 0), arm, setting, 0, recipe, augment=prepared.first.augment))
     return prepared
 
 

@@ -26,11 +26,11 @@ def estimate(experiment: Experiment, workers: int | None = None) -> dict[str, An
     """
     from .worker import run_job
 
-    prepared = prepare(experiment)
+    prepared = prepare(experiment, workers)
     workers = default_workers(prepared.device, experiment.threads) if workers is None else workers
     each = experiment.tune + len(experiment.final_seeds)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, prepared.written(Path(folder) / "data") as plan:
+    with tempfile.TemporaryDirectory() as folder, prepared.shared(Path(folder) / "data") as plan:
         for job in plan.ready({}):
             if job.key.kind == "cost":
                 found = attempt(functools.partial(run_job, job))
@@ -51,7 +51,7 @@ def _run_cost(job: Job, found: Outcome, data: Data) -> dict[str, Any]:
     """The steps and seconds of one run; an evaluation's batch costs a third of a training step."""
     recipe, cost = job.recipe, found.cost or {}
     step = cost.get("step_seconds")
-    batches = math.ceil(len(data.train.x) / recipe.batch_size)
+    batches = max(1, len(data.train) // recipe.batch_size)
     steps: int | None = None
     seconds: float | None = None
     if recipe.budget.unit == "steps":
@@ -59,12 +59,12 @@ def _run_cost(job: Job, found: Outcome, data: Data) -> dict[str, Any]:
     elif recipe.budget.unit == "epochs":
         steps = max(1, round(recipe.budget.amount * batches))
     elif recipe.budget.unit == "flops" and cost.get("flops"):
-        steps = max(1, round(recipe.budget.amount / (3 * cost["flops"] * recipe.batch_size)))
+        steps = max(1, round(recipe.budget.amount / (3 * cost["flops"] * min(recipe.batch_size, len(data.train)))))
     elif recipe.budget.unit == "seconds":
         seconds = recipe.budget.amount
         steps = int(seconds / step) if step else None
     if seconds is None and steps is not None and step is not None:
-        looks = recipe.evaluations * math.ceil(len(data.val.x) / recipe.batch_size)
+        looks = recipe.evaluations * math.ceil(len(data.val) / recipe.batch_size)
         seconds = step * (steps + looks / 3)
     return {"steps": steps, "step_seconds": step, "seconds": seconds, "reason": found.reason}
 

@@ -9,21 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Data, Split
+from ..data import Data
+from ..data.core import ROLES, Pairs, build, split_rows
 from ..errors import ConfigurationError
-from ..files import sha256_of
-
-SHARES = (0.6, 0.2)  # of a single pair of arrays, for training and validation; the rest is the test split
-ROLES = ("train", "val", "test")
 
 
 def data_of(given: Any) -> Data:
     """A `Data` from a `Data`, a pair `(x, y)`, or three splits as a triple or a dict of `train`, `val` and `test`.
 
     A split is a pair `(x, y)` of arrays or tensors, examples first, or a loader, which is read through once: random
-    augmentation in a loader is drawn then, and not again. A single pair is shuffled (always alike) and split
-    60/20/20. Values are taken as they are, without normalisation. Integer targets `[N]` are classes 0, 1, ...; integer
-    targets `[N, T]` are next tokens; other targets are numbers to predict.
+    augmentation in a loader is drawn then, and not again. A single pair is split 60/20/20, always alike, stratified
+    where the targets are classes. Values are taken as they are, without normalisation. Integer targets `[N]` are
+    classes 0, 1, ...; integer targets `[N, T]` are next tokens; other targets are numbers to predict.
 
     Raises ConfigurationError for anything else, for NaN or Inf, and for lengths that differ.
     """
@@ -36,7 +33,9 @@ def data_of(given: Any) -> Data:
     elif isinstance(given, list | tuple) and len(given) == 3:
         parts = {role: _split(part, role) for role, part in zip(ROLES, given, strict=True)}
     elif isinstance(given, list | tuple) and len(given) == 2:
-        parts = _shuffled(*_split(given, "all"))
+        x, y = _split(given, "whole")
+        rows = split_rows(len(x), None, classes=y.numpy() if _classes(y) else None)
+        parts = {role: (x[rows[role]], y[rows[role]]) for role in ROLES}
     else:
         raise ConfigurationError(
             f"data: {type(given).__name__} is not data; give a name, a Data, (x, y), or train, val and test splits"
@@ -62,8 +61,8 @@ def _split(part: Any, role: str) -> tuple[Tensor, Tensor]:
 def _tensor(value: Any, where: str) -> Tensor:
     try:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except TypeError as error:
-        raise ConfigurationError(f"data: {where} does not hold numbers ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"data: {where} does not hold numbers in equal rows ({error})") from None
     tensor = tensor.detach().cpu()
     if tensor.ndim == 0:
         raise ConfigurationError(f"data: {where} is a single number; examples come first")
@@ -74,46 +73,27 @@ def _tensor(value: Any, where: str) -> Tensor:
     return tensor.float()
 
 
-def _shuffled(x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, val = (round(share * len(x)) for share in SHARES)
-    if train < 1 or val < 1 or len(x) - train - val < 1:
-        raise ConfigurationError(f"data: {len(x)} examples are too few to split in three")
-    pieces = order.split([train, val, len(x) - train - val])
-    return {role: (x[piece], y[piece]) for role, piece in zip(ROLES, pieces, strict=True)}
+def _classes(y: Tensor) -> bool:
+    return y.ndim == 1 and not y.is_floating_point()
 
 
 def _described(parts: dict[str, tuple[Tensor, Tensor]]) -> Data:
-    (x, y), shapes = parts["train"], {role: tuple(x.shape[1:]) for role, (x, _) in parts.items()}
+    shapes = {role: tuple(x.shape[1:]) for role, (x, _) in parts.items()}
     if len(set(shapes.values())) > 1:
         raise ConfigurationError(f"data: examples differ in shape between splits: {shapes}")
-    tokens = not x.is_floating_point()
-    if tokens and x.ndim != 2:
-        parts = {role: (x.float(), y) for role, (x, y) in parts.items()}
-        tokens = False
+    x, y = parts["train"]
+    tokens = x.ndim == 2 and not x.is_floating_point()
     inputs = "tokens" if tokens else {4: "image", 3: "sequence"}.get(x.ndim, "vector")
+    splits: Pairs = {role: (x if tokens else x.float(), y) for role, (x, y) in parts.items()}
     if y.is_floating_point():
         task = "regression"
-        parts = {role: (x, y.reshape(len(y), -1) if y.ndim < 2 else y) for role, (x, y) in parts.items()}
-        outputs = parts["train"][1].shape[1]
+        splits = {role: (x, y[:, None] if y.ndim == 1 else y) for role, (x, y) in splits.items()}
+        outputs = splits["train"][1].shape[1]
     else:
-        task = "classification" if y.ndim == 1 else "next-token"
-        largest = [int(target.max()) for _, target in parts.values()]
-        if tokens and task == "next-token":
-            largest += [int(x.max()) for x, _ in parts.values()]
-        outputs = max(largest) + 1
-        if task == "classification" and min(int(target.min()) for _, target in parts.values()) < 0:
+        task = "classification" if _classes(y) else "next-token"
+        numbered = torch.cat([y.flatten() for _, y in parts.values()])
+        if task == "classification" and int(numbered.min()) < 0:
             raise ConfigurationError("data: classes are numbered 0, 1, 2, ...; there is a negative one")
-    tensors = [tensor for role in ROLES for tensor in parts[role]]
-    return Data(
-        name="given",
-        task=task,
-        inputs=inputs,
-        **{role: Split(*part) for role, part in parts.items()},
-        shape=tuple(x.shape[1:]),
-        outputs=outputs,
-        labels=None,
-        augment=None,
-        meta={},
-        sha256=sha256_of(*tensors),
-    )
+        vocabulary = [int(x.max()) for x, _ in parts.values()] if tokens and task == "next-token" else []
+        outputs = max(int(numbered.max()), *vocabulary, 0) + 1
+    return build("given", task, inputs, splits, outputs=outputs, meta={})

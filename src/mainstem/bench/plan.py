@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .experiment import Arm, Experiment
@@ -28,14 +27,14 @@ class Plan:
 
     Attributes:
         higher_is_better: of the metric.
-        data: the file that holds the data, by data seed (None: the fixed splits).
+        data: what a job needs to have the data, by data seed (None: the fixed splits).
         augment: the data's augmentation, if it has one.
         device: where jobs run.
     """
 
     experiment: Experiment
     higher_is_better: bool = True
-    data: Mapping[int | None, Path] = field(default_factory=dict)
+    data: Mapping[int | None, Any] = field(default_factory=dict)
     augment: Callable[..., Any] | None = None
     device: str = "cpu"
 

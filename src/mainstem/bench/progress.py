@@ -63,7 +63,7 @@ class Display:
 
     def _line(self, key: Key, run: Finished) -> str:
         if key.kind == "cost":
-            return f"{key.arm}: measured its cost" + (f" ({run.outcome.reason})" if run.outcome.reason else "")
+            return f"{key.arm}: cost" + (f": {run.outcome.reason.splitlines()[0]}" if run.outcome.reason else "")
         setting = " ".join(f"{name}={_short(value)}" for name, value in run.setting.items())
         what = f"{key.arm}: " + (f"trial {key.number} {setting}" if key.kind == "tune" else f"seed {key.number}")
         if run.outcome.status != "ok" or run.outcome.value is None:

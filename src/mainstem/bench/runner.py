@@ -19,7 +19,9 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +31,7 @@ import cloudpickle
 from .. import registry
 from ..errors import ConfigurationError, DivergedError
 
+PRELOAD = ("mainstem.bench.worker", "torch._dynamo")  # what workers find imported; optimisers need the second
 PATIENCE = 5.0  # seconds that a worker has to end after it sent its outcome
 
 
@@ -45,7 +48,7 @@ class Job:
     """One run: everything that a worker needs to know.
 
     `setting` is what tuning proposed; `recipe` is complete, with that setting in it; `data` is a file that
-    `mainstem.bench.worker.write_data` wrote; `augment` belongs to the data, which a file cannot hold.
+    `mainstem.bench.worker.write_data` wrote (with `augment`, which a file cannot hold), or a `Data`.
     """
 
     key: Key
@@ -53,7 +56,7 @@ class Job:
     setting: dict[str, Any]
     seed: int
     recipe: Any = None
-    data: Path | None = None
+    data: Any = None
     augment: Callable[..., Any] | None = None
     device: str = "cpu"
 
@@ -113,8 +116,9 @@ def attempt(work: Callable[[], Outcome]) -> Outcome:
 
 
 def explain(error: BaseException) -> str:
-    """The last lines of a traceback: where it was raised, and what."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    """What was raised, and the last two lines of the caller's own code on the way there."""
+    every = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in every if "site-packages" not in frame.filename] or every
     where = [f"{Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames[-2:]]
     return "\n".join(["".join(traceback.format_exception_only(error)).strip(), *where])
 
@@ -139,6 +143,14 @@ class InProcessRunner:
         self._queue.clear()
 
 
+def start_server(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
+    """Start the server that workers fork from; it imports `preload` while the caller goes on. Once is enough."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    forkserver.ensure_running()
+    return context
+
+
 class ForkServerRunner:
     """Runs up to `workers` jobs at once, each in a process of its own, forked from a server that imported `preload`.
 
@@ -147,11 +159,10 @@ class ForkServerRunner:
     needs no `if __name__ == "__main__":`.
     """
 
-    def __init__(self, workers: int, run: Run, preload: Sequence[str] = ("mainstem.bench.worker",)):
+    def __init__(self, workers: int, run: Run, preload: Sequence[str] = PRELOAD):
         self.workers = workers
         self._run = run
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
+        self._context = start_server(preload)
         self._queue: collections.deque[tuple[Job, bytes]] = collections.deque()
         self._running: dict[Connection, tuple[Job, BaseProcess]] = {}
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # here, so that the fork server has it and no worker imports it again
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ..data import Data, Split
-from ..errors import ConfigurationError
+from ..data.core import ROLES
+from ..errors import ConfigurationError, MainstemError
 from ..files import replacing
 from ..fit import evaluate, fit
 from ..network import network_for
@@ -29,8 +30,6 @@ from . import cost
 from .experiment import Arm
 from .runner import Job, Outcome
 
-SPLITS = ("train", "val", "test")
-
 
 def run_job(job: Job) -> Outcome:
     """Train and measure, on the validation split for a tuning trial and on the test split for a final run; or, for a
@@ -38,16 +37,15 @@ def run_job(job: Job) -> Outcome:
 
     Raises whatever the network, the recipe or the data raise; DivergedError where the loss or the metric is not finite.
     """
-    assert job.data is not None
     with _threads(job.recipe.threads):
-        data = read_data(job.data, job.augment)
+        data = read_data(job.data, job.augment) if isinstance(job.data, Path) else job.data
         network = paired(functools.partial(build, job.arm, data, job.setting), job.seed)
         if job.key.kind == "cost":
             return Outcome(cost=cost.measure(network, data, job.recipe, job.device))
         recipe = in_steps(job.recipe, network, data)
         run = fit(network, data, recipe, device=job.device, progress=False)
         split = data.val if job.key.kind == "tune" else data.test
-        found = evaluate(network, split, data, recipe, device=job.device)
+        found = evaluate(run.network, split, data, recipe, device=job.device, precision=run.choice["precision"])
     outcome = Outcome(
         value=float(found.metric),
         loss=float(found.loss),
@@ -82,22 +80,28 @@ def in_steps(recipe: Recipe, network: nn.Module, data: Data) -> Recipe:
     """`recipe`, a budget in FLOPs turned into steps (a backward pass counting as two forward ones)."""
     if recipe.budget.unit != "flops":
         return recipe
-    forward = cost.flops(network, data.train.x[:1])
+    forward = cost.flops(network, torch.as_tensor(data.train.x[0])[None])
     if forward is None:
         raise ConfigurationError("budget: this network's FLOPs cannot be counted; give steps, epochs or seconds")
-    steps = round(recipe.budget.amount / (3 * forward * min(recipe.batch_size, len(data.train.x))))
+    steps = round(recipe.budget.amount / (3 * forward * min(recipe.batch_size, len(data.train))))
     return recipe.but(budget=Budget(steps=max(1, steps)))
+
+
+def in_memory(data: Data) -> bool:
+    """Whether all of `data` is tensors, which can be shared as a file."""
+    return all(isinstance(getattr(data, role).x, torch.Tensor) for role in ROLES)
 
 
 def write_data(data: Data, path: Path) -> None:
     """Write the tensors of `data` to a file that workers map into memory; all but its augmentation."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name in SPLITS:
-        split = getattr(data, name)
-        tensors |= {f"{name}.x": split.x.contiguous(), f"{name}.y": split.y.contiguous()}
-    fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in (*SPLITS, "augment")}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"data": json.dumps(fields)})
+    splits = {role: getattr(data, role) for role in ROLES}
+    arrays = {f"{role}.{name}": getattr(s, name).contiguous().numpy() for role, s in splits.items() for name in "xy"}
+    fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in (*ROLES, "augment")}
+    try:
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, {"data": json.dumps(fields)})
+    except SafetensorError as error:
+        raise MainstemError(f"{path} cannot be written: {error}") from None
 
 
 def read_data(path: Path, augment: Any = None) -> Data:
@@ -105,7 +109,7 @@ def read_data(path: Path, augment: Any = None) -> Data:
     with safe_open(path, "pt") as opened:
         fields = json.loads(opened.metadata()["data"])
     tensors = load_file(path)
-    splits = {name: Split(tensors[f"{name}.x"], tensors[f"{name}.y"]) for name in SPLITS}
+    splits = {role: Split(tensors[f"{role}.x"], tensors[f"{role}.y"]) for role in ROLES}
     return Data(**{**fields, "shape": tuple(fields["shape"]), **splits, "augment": augment})
 
 
