@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_arms import Dies, Explodes, Raises, small
 from bench_study import timeless
 from torch import nn
 
@@ -23,39 +25,6 @@ from mainstem.data import Data, Split
 from mainstem.errors import ConfigurationError, DamagedFileError, MainstemError
 
 TINY = {"data": "digits:100", "budget": "steps=4", "seeds": 2, "tune": 2, "progress": False}
-
-
-def small(width=8):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
-
-
-class Raises(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 10)
-
-    def forward(self, x):
-        return self.head(x.flatten(1))
-
-
-class Dies(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x):
-        if self.training:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.head(x.flatten(1))
-
-
-class Explodes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x):
-        return self.head(x.flatten(1)) * float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +124,10 @@ def test_arrays_loaders_and_a_metric_of_the_users_own(tmp_path):
         return (output - y).abs().amax(1)
 
     worst.higher_is_better = False
-    arms = {"linear": lambda: nn.Linear(5, 1), "wide": lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 1))}
+    arms = {
+        "linear": lambda: nn.Linear(5, 1),
+        "wide": lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 1)),
+    }
     ask = {**TINY, "data": (x, y), "metric": worst, "tune": 0, "recipe": {"lr": 0.01, "batch_size": 16}}
     result = mainstem.compare(arms, **ask, workers=1, out=tmp_path / "arrays").attrs["result"]
     assert result["metric"] == {"name": "worst", "unit": "", "higher_is_better": False}
@@ -189,7 +161,9 @@ def test_a_budget_in_flops_gives_a_network_of_twice_the_work_half_the_steps(tmp_
     arms = {"one": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False)), "more": lambda: small(64)}
     ask = {**TINY, "tune": 0, "recipe": {"batch_size": 10}}
     flops = 3 * 2 * 640 * 10 * 37
-    arms = mainstem.compare(arms, **{**ask, "budget": f"flops={flops}"}, workers=0, out=tmp_path).attrs["result"]["arms"]
+    arms = mainstem.compare(arms, **{**ask, "budget": f"flops={flops}"}, workers=0, out=tmp_path).attrs["result"][
+        "arms"
+    ]
     steps = {arm["name"]: arm["finals"][0]["steps"] for arm in arms}
     assert steps == {"one": 37, "more": 5}
 
@@ -216,6 +190,10 @@ def test_the_plan_runs_nothing(tmp_path, monkeypatch):
         (["mlp-2x8"], {"budget": "steps=-1"}, "steps"),
         (["mlp-2x8"], {"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
         (["mlp-2x8"], {"workers": -1}, "workers: -1 is negative"),
+        (["mlp-2x8"], {"recipe": {"loss": "mse"}}, "arm mlp-2x8: loss: mse needs numbers to predict"),
+        (["mlp-2x8"], {"recipe": {"methods": ["mixupp"]}}, "unknown 'mixupp'; did you mean 'mixup'"),
+        (["mlp-2x8+depth=3"], {}, "arm mlp-2x8.depth=3: .*depth"),
+        (["wrn-11-1"], {}, "arm wrn-11-1: .*11"),
         (["mlp-2x8"], {"recipe": {"optimiser": "sdg"}}, "unknown 'sdg'; did you mean 'sgd'"),
         (["mlp-2x8"], {"data": ([[1.0, float("nan")]] * 9, [0, 1, 2] * 3)}, "data: whole x holds NaN or Inf"),
         (["mlp-2x8"], {"data": ([[1.0]] * 9, [0] * 8)}, "9 inputs and 8 targets"),
@@ -248,22 +226,28 @@ def test_an_empty_split_is_said(tmp_path):
         mainstem.compare(["mlp-2x8"], **{**TINY, "data": data}, out=tmp_path)
 
 
+FULL_DISK = """
+import resource, sys
+import mainstem
+from mainstem.bench import compare
+from test_compare import TINY, small
+
+module = sys.modules[compare.__module__]
+module.write_json = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+mainstem.compare({"a": small}, **TINY, workers=0, out=sys.argv[1])
+"""
+
+
 def test_a_full_disk_says_what_is_kept(tmp_path):
-    script = (
-        "import resource, sys\nfrom test_compare import TINY, small\nimport mainstem\nfrom mainstem.bench import compare\n"
-        "sys.modules[compare.__module__].write_json = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "mainstem.compare({'a': small}, **TINY, workers=0, out=sys.argv[1])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out")],
-        capture_output=True, text=True, cwd=Path(__file__).parent, timeout=100,
-    )  # fmt: skip
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=100)
     assert "MainstemError" in done.stderr and "Finished runs are kept" in done.stderr
-    assert not list((tmp_path / "out").glob("*.html")) and not list((tmp_path / "out").glob("*.part"))
-    assert mainstem.compare({"a": small}, **TINY, workers=0, out=tmp_path / "out").loc["a", "status"] == "ok"
-    with pytest.raises(MainstemError, match="/x cannot be written: No space left on device. Finished runs are kept"):
-        with _files_explained(Path("/out")):
-            raise OSError(28, "No space left on device", "/x")
+    assert not list(out.glob("*.html")) and not list(out.glob(".*.part"))
+    assert mainstem.compare({"a": small}, **TINY, workers=0, out=out).loc["a", "status"] == "ok"
+    kept = "/x cannot be written: No space left on device. Finished runs are kept"
+    with pytest.raises(MainstemError, match=kept), _files_explained(Path("/out")):
+        raise OSError(28, "No space left on device", "/x")
 
 
 SCRIPT = """
@@ -280,26 +264,29 @@ class Mine(nn.Module):
     def forward(self, x):
         return self.layers(x)
 
+@mainstem.register("network", "mine-<width>")
+def mine(width, *, classes, in_channels):
+    return Mine(width)
+
 print("once")
-arms = {"mine": Mine, "narrow": lambda: Mine(8), "mlp": "mlp-2x8"}
+arms = {"mine": Mine, "narrow": lambda: Mine(8), "registered": "mine-8"}
 table = mainstem.compare(arms, "digits:100", budget="steps=40", seeds=4, tune=4, workers=2, out=sys.argv[1])
 print(table.index.tolist())
 """
 
 
-def test_a_script_of_the_users_interrupted_and_killed_goes_on(tmp_path):
+def test_a_script_of_the_users_interrupted_and_killed_goes_on(tmp_path, monkeypatch):
     """Top-level code without a guard, classes in the script; Ctrl-C, then SIGKILL, then to the end."""
-    script = tmp_path / "script.py"
+    script, folder = tmp_path / "script.py", tmp_path / "broken"
     script.write_text(SCRIPT)
 
-    def start(folder):
+    def start():
         command = [sys.executable, str(script), str(folder)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, **pipes, start_new_session=True)
 
-    whole = start(tmp_path / "whole")
-    folder = tmp_path / "broken"
     for kill, lines in ((signal.SIGINT, 5), (signal.SIGKILL, 12)):
-        process = start(folder)
+        process = start()
         while not (line := process.stderr.readline()).startswith(f"[{lines}/"):
             assert line, "it ended early"
         os.killpg(process.pid, kill)  # as a terminal does
@@ -308,16 +295,23 @@ def test_a_script_of_the_users_interrupted_and_killed_goes_on(tmp_path):
         if kill == signal.SIGINT:
             assert f"finished runs are kept in {folder}" in errors and f"--out {folder}" in errors
             assert "KeyboardInterrupt" in errors and "lost" not in errors
-    rest = start(folder)
-    for process in (whole, rest):
-        out, errors = process.communicate(timeout=100)
-        assert out.splitlines() == ["once", "['mine', 'narrow', 'mlp']"], errors
+    out, errors = start().communicate(timeout=100)
+    assert out.splitlines() == ["once", "['mine', 'narrow', 'registered']"], errors
+
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "whole")])
+    runpy.run_path(str(script), run_name="__main__")
     results = [read_result(tmp_path / name) for name in ("whole", "broken")]
     for result in results:
         result.pop("created")
         result.pop("command")
     assert timeless(results[0]) == timeless(results[1])
     assert json.dumps(results[0], allow_nan=False)
+
+
+def test_a_result_without_its_runs_is_not_taken_for_a_new_study(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(DamagedFileError, match=f"{tmp_path} holds a result.json but no runs.sqlite"):
+        mainstem.compare({"a": small}, **TINY, workers=0, out=tmp_path)
 
 
 def test_the_default_folder_is_new_each_time(tmp_path, monkeypatch):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import ConfigurationError, MainstemError
+from ..errors import ConfigurationError, DamagedFileError, MainstemError
 from ..files import write_json
 from ..recipe import Budget, Recipe
-from .experiment import SHARED, Experiment
+from .experiment import SHARED, Arm, Experiment
 from .plan import Plan, execute
 from .progress import Display
 from .result import FILE, SCHEMA, assemble, cores, hardware, table
@@ -129,6 +129,7 @@ def run(
     if workers != 0:
         start_server()  # it imports what workers need while this process does the same
     from .report import write
+    from .store import FILE as RUNS
     from .store import Store, locked
     from .worker import run_job
 
@@ -139,6 +140,8 @@ def run(
         raise ConfigurationError(f"workers: {workers} is negative")
     folder = Path(out) if out is not None else _new_folder()
     with locked(folder), _files_explained(folder):
+        if store is None and (folder / FILE).exists() and not (folder / RUNS).exists():
+            raise DamagedFileError(f"{folder} holds a {FILE} but no {RUNS} to go on from; choose another folder")
         opened = Store(folder, prepared.fingerprint, store)
         with contextlib.closing(opened), prepared.shared(folder / ".data") as plan:
             display = Display(prepared.metric.unit or prepared.metric.name, progress)
@@ -171,15 +174,15 @@ def _run(plan: Plan, store: Store, runner: Runner, display: Display, folder: Pat
             execute(plan, store, runner, finished)
     except KeyboardInterrupt:
         display.note(
-            f"Stopped. {len(store.runs)} finished runs are kept in {folder}; "
+            f"\nStopped. {len(store.runs)} finished runs are kept in {folder}; "
             f"the same command with that folder (--out {folder}) goes on from there."
         )
         raise
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An experiment that has been validated, with its data loaded."""
+    """An experiment that has been validated, its layout decided, with its data loaded."""
 
     experiment: Experiment
     data: dict[int | None, Data]
@@ -241,40 +244,62 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Prepared:
     Raises ConfigurationError for a device, data set, metric, network, option, recipe or search range that cannot be
     used, and for an arm that cannot be sent to a worker, unless there are to be none.
     """
-    import torch
-
     from ..data import load
     from ..metrics import metric
     from .given import data_of
-    from .worker import build, run_job
+    from .worker import run_job
 
     device = _device(experiment.device)
     data: dict[int | None, Data] = {}
-    if isinstance(experiment.data, str):
-        redrawn = experiment.data_seeds == "redrawn"
-        for seed in [experiment.tuning_seed, *experiment.final_seeds] if redrawn else [None]:
+    redrawn = experiment.data_seeds == "redrawn"
+    for seed in [experiment.tuning_seed, *experiment.final_seeds] if redrawn else [None]:
+        if isinstance(experiment.data, str):
             data[seed] = load(experiment.data, seed=seed, target=experiment.target, **experiment.data_options)
-    else:
-        data[None] = data_of(experiment.data)
+        else:
+            data[seed] = data_of(experiment.data(seed) if callable(experiment.data) else experiment.data)
     for entry in data.values():
         for role in ("train", *(["val"] if experiment.tune else []), "test"):
             if not len(getattr(entry, role)):
                 raise ConfigurationError(f"data: {entry.name} has no {role} examples, which the comparison needs")
-    prepared = Prepared(experiment, data, metric(experiment.metric, next(iter(data.values()))), device)
+    first = next(iter(data.values()))
+    if experiment.layout == "auto":
+        images = first.inputs == "image" and (device == "cpu" or experiment.precision == "bf16")
+        experiment = experiment.model_copy(update={"layout": "channels-last" if images else "contiguous"})
+    prepared = Prepared(experiment, data, metric(experiment.metric, first), device)
     for arm in experiment.arms:
-        setting = experiment.default(arm)
-        recipe = experiment.recipe_of(arm, setting)
-        if isinstance(arm.network, str):
-            try:
-                with torch.device("meta"):
-                    build(arm, prepared.first, setting)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"arm {arm.name}: {error}") from None
-            except TypeError as error:  # an option of the wrong type, or one that is not known
-                raise ConfigurationError(f"arm {arm.name}: {error}") from None
+        try:
+            _check(experiment, arm, first)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"arm {arm.name}: {error}") from None
         if workers != 0:
-            pack(run_job, Job(Key(arm.name, "tune", 0), arm, setting, 0, recipe, augment=prepared.first.augment))
+            setting = experiment.default(arm)
+            job = Job(Key(arm.name, "tune", 0), arm, setting, 0, experiment.recipe_of(arm, setting))
+            pack(run_job, dataclasses.replace(job, augment=first.augment))
     return prepared
+
+
+def _check(experiment: Experiment, arm: Arm, data: Data) -> None:
+    """See that the arm's recipe fits the data, and that its network can be built."""
+    import torch
+
+    from .. import registry
+    from ..fit import loss_function
+    from .worker import build
+
+    setting = experiment.default(arm)
+    recipe = experiment.recipe_of(arm, setting)
+    loss_function(recipe, data)
+    for method in recipe.methods:
+        if isinstance(method, str):
+            registry.factory("method", method)
+    if isinstance(arm.network, str):
+        try:
+            with torch.device("meta"):
+                build(arm, data, setting)
+        except (TypeError, ValueError) as error:  # an option of the wrong type, or out of range
+            raise ConfigurationError(str(error)) from None
+        except (NotImplementedError, RuntimeError):  # needs values to be built, so its first run will tell
+            pass
 
 
 def _device(name: str | None) -> str:

@@ -155,7 +155,7 @@ class Experiment(Strict):
 
     Attributes:
         arms: what is compared; names are distinct.
-        data: a data set's name, or from Python a `mainstem.data.Data`.
+        data: a data set's name, or from Python a `mainstem.data.Data`, or a function of the seed that returns one.
         data_options, target: handed to `mainstem.data.load`.
         data_seeds: "fixed": the documented splits; "redrawn": every final seed draws its own splits.
         baseline: the arm that the others are compared with; None: the first.
@@ -169,7 +169,8 @@ class Experiment(Strict):
         space: search ranges by recipe field or network option: `{low, high, log}`, `{choices}` or a list. Without
             any, the learning rate over a factor of ten either side of its default.
         device: "cpu", "cuda", ...; None: a GPU where there is one.
-        precision, layout, threads: of every run (threads per worker).
+        precision, layout, threads: of every run (threads per worker). The layout "auto" is channels-last for images on
+            a CPU or in bf16, else contiguous: a rule and no measurement, so that a study can be repeated bit by bit.
         seed: of the whole comparison; proposals and the tuning runs' seed follow from it.
     """
 
@@ -188,7 +189,7 @@ class Experiment(Strict):
     space: Space = Field(default_factory=dict)
     device: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    layout: Literal["contiguous", "channels-last"] = "contiguous"
+    layout: Literal["auto", "contiguous", "channels-last"] = "auto"
     threads: int = Field(1, gt=0)
     seed: int = Field(0, ge=0)
 
@@ -227,8 +228,10 @@ class Experiment(Strict):
         seeds = self.final_seeds
         if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds: {self.seeds!r} is not a positive number or a list of distinct seeds >= 0")
-        if not isinstance(self.data, str) and (self.data_options or self.target or self.data_seeds == "redrawn"):
-            raise ValueError("data_options, target and data_seeds=redrawn need data that is given by name")
+        if not isinstance(self.data, str) and (self.data_options or self.target):
+            raise ValueError("data_options and target need data that is given by name")
+        if not (isinstance(self.data, str) or callable(self.data)) and self.data_seeds == "redrawn":
+            raise ValueError("data_seeds=redrawn needs data that is given by name, or a function of the seed")
         for where, fields in [("recipe", self.recipe), *((f"arm {a.name}", a.recipe) for a in self.arms)]:
             for field in fields:
                 if field in SHARED:
@@ -318,7 +321,8 @@ class Experiment(Strict):
     def to_json(self) -> dict[str, Any]:
         """Everything above as JSON; objects appear by name and source, data by name."""
         fields = {name: portable(value) for name, value in self if name not in ("data", "budget")}
-        data = self.data if isinstance(self.data, str) else getattr(self.data, "name", "data")
+        data = portable(self.data) if isinstance(self.data, str) or callable(self.data) else None
+        data = data or getattr(self.data, "name", "data")
         return {**fields, "data": data, "budget": str(self.budget), "seeds": list(self.final_seeds)}
 
 

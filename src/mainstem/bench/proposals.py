@@ -8,6 +8,7 @@ sequence), later ones follow the results (a tree-structured Parzen estimator).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,11 +40,15 @@ def propose(
 ) -> dict[str, Any]:
     """The setting of an arm's trial `k`; trial 0 is the arm's `default`.
 
+    A space of lists alone is gone through in order before anything is tried again.
     `results` are those of trials 0, 1, ... up to the start of the trial's batch. A failed trial counts as the worst
     value seen.
     """
     if k == 0:
         return dict(default)
+    others = [setting for setting in _grid(space) if setting != default]
+    if k <= len(others):
+        return others[k - 1]
     distributions = {name: _distribution(entry, default[name]) for name, entry in sorted(space.items())}
     spread = k < SPREAD
     stream = int.from_bytes(hashlib.sha256(f"{seed}/{arm}/{0 if spread else k}".encode()).digest()[:4], "big")
@@ -73,6 +78,13 @@ def propose(
     for _ in range(k if spread else 1):  # the k-th point of the sequence
         trial = study.ask(distributions)
     return {name: _decode(space[name], trial.params[name]) for name in space}
+
+
+def _grid(space: Space) -> list[dict[str, Any]]:
+    """Every setting of a space of lists alone, in order; none of a space with a range."""
+    lists = [entry.choices for entry in space.values() if isinstance(entry, Choices)]
+    settings = itertools.product(*lists) if len(lists) == len(space) else ()
+    return [dict(zip(space, values, strict=True)) for values in settings]
 
 
 def _distribution(entry: Any, default: Any) -> BaseDistribution:

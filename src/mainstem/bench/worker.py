@@ -40,9 +40,10 @@ def run_job(job: Job) -> Outcome:
     with _threads(job.recipe.threads):
         data = read_data(job.data, job.augment) if isinstance(job.data, Path) else job.data
         network = paired(functools.partial(build, job.arm, data, job.setting), job.seed)
+        own = copy.deepcopy(job.recipe)  # its methods may have a state
         if job.key.kind == "cost":
-            return Outcome(cost=cost.measure(network, data, job.recipe, job.device))
-        recipe = in_steps(job.recipe, network, data)
+            return Outcome(cost=cost.measure(network, data, own, job.device))
+        recipe = in_steps(own, network, data)
         run = fit(network, data, recipe, device=job.device, progress=False)
         split = data.val if job.key.kind == "tune" else data.test
         found = evaluate(run.network, split, data, recipe, device=job.device, precision=run.choice["precision"])
