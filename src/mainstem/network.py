@@ -174,7 +174,10 @@ def save(model: Network, folder: str | Path, **also: Any) -> Path:
     """
     from safetensors.torch import save_model
 
-    for key, value in model.config.items():
+    config = dict(model.config)
+    if model.stream.reconnected is not None:
+        config["connection"] = model.stream.reconnected
+    for key, value in config.items():
         if callable(value):
             raise ConfigurationError(
                 f"{key}: {value!r} has no name to be saved under; declare it with mainstem.register and pass the name"
@@ -183,7 +186,7 @@ def save(model: Network, folder: str | Path, **also: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
         save_model(model, str(temporary))
-    write_json(folder / CONFIG, {"network": model.config, "papers": papers_of(model), **also})
+    write_json(folder / CONFIG, {"network": config, "papers": papers_of(model), **also})
     return folder
 
 

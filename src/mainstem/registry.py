@@ -89,11 +89,12 @@ def factory(kind: str, spec: Any) -> Callable[..., Any]:
         raise ConfigurationError(f"{kind}: {spec!r} is neither a name nor something to call")
     name, options = parse(kind, spec)
     part = find(kind, name)
-    accepted = inspect.signature(part).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    parameters = inspect.signature(part).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        accepted = [p for p in parameters if p not in _GIVEN.get(kind, ())]
         for option in options:
             if option not in accepted:
-                raise unknown(f"{kind} {name}", option, [p for p in accepted if p not in _GIVEN])
+                raise unknown(f"{kind} {name}", option, accepted)
     return functools.partial(part, **options)
 
 
@@ -136,7 +137,8 @@ def _split(text: str) -> list[str]:
     return [piece.strip() for piece in [*pieces, text[start:]] if piece.strip()]
 
 
-_GIVEN = {"width", "index", "depth", "dim"}  # what a network tells its parts
+# What a network tells its parts, and nobody else.
+_GIVEN = {"connection": {"width", "index", "depth", "dim"}, "norm": {"width", "dim"}}
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -268,6 +268,7 @@ class Stream(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.checkpoint = checkpoint
+        self.reconnected: ConnectionSpec = None  # what `reconnect` was last given, for those who save a network
         self._hooks: OrderedDict[int, Callable] = OrderedDict()
 
     def __len__(self) -> int:
@@ -313,6 +314,7 @@ class Stream(nn.Module):
             parameter = next(layer.parameters(), None)
             layer.connection = new if parameter is None else new.to(parameter.device, parameter.dtype)
             layer.connection.train(layer.training)
+        self.reconnected = "add" if spec is None else spec
         return self
 
     def register_layer_hook(self, hook: Callable[[int, State, tuple[Tensor, ...], State], None]) -> RemovableHandle:

@@ -1,0 +1,112 @@
+"""Data small enough for a test, and what several tests do to networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mainstem.data import Data
+from mainstem.data.core import build
+
+META = {"data": "tiny"}
+
+
+class Tiny:
+    """Data sets of a few examples, easy enough that a small network learns something from them."""
+
+    @staticmethod
+    def images(n: int = 48, classes: int = 3, size: int = 8, seed: int = 0) -> Data:
+        """Noise, and in class `c` a brighter row `c`: `[N, 1, size, size]`."""
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.arange(3 * n) % classes
+        x = torch.randn(3 * n, 1, size, size, generator=generator)
+        x[torch.arange(3 * n), 0, y] += 1.0
+        return Tiny._data("images", "classification", "image", x, y, n, classes)
+
+    @staticmethod
+    def vectors(n: int = 48, classes: int = 3, width: int = 4, seed: int = 0) -> Data:
+        """Classes around distinct centres: `[N, width]`."""
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.arange(3 * n) % classes
+        centres = torch.randn(classes, width, generator=generator)
+        x = 2 * centres[y] + torch.randn(3 * n, width, generator=generator)
+        return Tiny._data("vectors", "classification", "vector", x, y, n, classes)
+
+    @staticmethod
+    def numbers(n: int = 48, width: int = 4, seed: int = 0) -> Data:
+        """A regression: two linear functions of the features, `[N, width] -> [N, 2]`."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(3 * n, width, generator=generator)
+        return Tiny._data("numbers", "regression", "vector", x, x @ torch.randn(width, 2, generator=generator), n, 2)
+
+    @staticmethod
+    def tokens(n: int = 48, length: int = 6, vocabulary: int = 5, seed: int = 0) -> Data:
+        """Counting upwards, modulo the vocabulary; the last position is not scored."""
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randint(vocabulary, (3 * n, 1), generator=generator)
+        sequence = (start + torch.arange(length + 1)) % vocabulary
+        y = sequence[:, 1:].clone()
+        y[:, -1] = -100
+        return Tiny._data("tokens", "next-token", "tokens", sequence[:, :-1], y, n, vocabulary)
+
+    @staticmethod
+    def _data(name: str, task: str, inputs: str, x: Tensor, y: Tensor, n: int, outputs: int) -> Data:
+        cut = {"train": slice(0, n), "val": slice(n, 2 * n), "test": slice(2 * n, None)}
+        splits = {role: (x[rows], y[rows]) for role, rows in cut.items()}
+        return build(name, task, inputs, splits, outputs=outputs, meta=META)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> type[Tiny]:
+    return Tiny
+
+
+def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            values = torch.rand(tensor.shape, generator=generator) * 0.4 + 0.1
+            if tensor.ndim > 1:
+                values = (values - 0.3) * 4 / tensor[0].numel() ** 0.5
+            tensor.data = values.to(tensor.device, tensor.dtype)
+    return module
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """`randomise(module, seed)`: random weights, statistics and gates in place, so that no part is neutral."""
+    return _randomise
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="session")
+def gradients():
+    """`gradients(module)`: the gradient of every trained parameter by name."""
+    return _gradients
+
+
+class Interrupted(Exception):
+    """What ends a run in the middle, as a kill would."""
+
+
+@pytest.fixture(scope="session")
+def interrupt():
+    """`interrupt(network, after=k)`: the network raises `interrupt.error` in its training step k + 1."""
+
+    def arm(network: nn.Module, after: int) -> None:
+        count = 0
+
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            nonlocal count
+            count += module.training
+            if count > after:
+                raise Interrupted
+
+        network.register_forward_pre_hook(hook)
+
+    arm.error = Interrupted
+    return arm
