@@ -226,7 +226,6 @@ def _train(run: Run, batches: Batches, loss_of: Any, saved: Path | None, report:
         loss = loss_of(output, y)
         for method in _having(run, "loss"):
             loss = method.loss(run, loss, output, y)
-        optim.zero_grad(set_to_none=True)
         loss.backward()
         _call(run, "gradients")
         if recipe.clip is not None:
@@ -234,6 +233,7 @@ def _train(run: Run, batches: Batches, loss_of: Any, saved: Path | None, report:
         optim.step()
         run.steps += 1
         _call(run, "step")
+        optim.zero_grad(set_to_none=True)  # now, so that gradients are not held through the next forward pass
 
         losses.append(loss.detach())
         now = time.perf_counter()
