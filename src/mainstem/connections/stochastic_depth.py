@@ -68,7 +68,7 @@ class StochasticDepth(Wrapper):
         gain = 1 / self.survival if self.rescale == "train" else 1.0
         if self.mode == "sample":
             return self.inner(state, _masked(branch, self.survival, gain))
-        if torch.rand(()).item() >= self.survival:
+        if torch.rand((), device="cpu").item() >= self.survival:
             return self.inner.skip(state, branch)
         return self.inner(state, _scaled(branch, gain) if gain != 1 else branch)
 
