@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import registry
 from ..errors import ConfigurationError, unknown
-from .core import Data, Split
+from .core import Data, Split, mislabelled
 from .prepare import answers, prepare
 
 __all__ = ["Data", "Split", "answers", "load", "names", "prepare"]
@@ -31,7 +31,9 @@ def names() -> list[str]:
     return registry.names("data")
 
 
-def load(name: str, *, seed: int | None = None, target: str | None = None, **options: Any) -> Data:
+def load(
+    name: str, *, seed: int | None = None, target: str | None = None, label_noise: float = 0.0, **options: Any
+) -> Data:
     """Load or generate a data set.
 
     Args:
@@ -39,6 +41,8 @@ def load(name: str, *, seed: int | None = None, target: str | None = None, **opt
             examples ("digits:300"); or a name with options, "selective-copy(length=128)".
         seed: redraws the splits; None gives the documented, fixed ones.
         target: the column to predict, for `csv:PATH`.
+        label_noise: share of the training labels that are replaced by one of the other classes, drawn from the seed;
+            validation and test labels stay right.
         options: options of the data set's own function, among them `count` for what `:COUNT` says.
 
     Raises:
@@ -59,7 +63,7 @@ def load(name: str, *, seed: int | None = None, target: str | None = None, **opt
             raise unknown(f"data {name}", option, accepted)
     data = part(**given, seed=seed, **options)
     data.name = name
-    return data
+    return mislabelled(data, label_noise, seed) if label_noise else data
 
 
 def _find(name: str) -> tuple[Any, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import zlib
@@ -104,6 +105,23 @@ def build(
         sha256=sha256_of(*(part for role in ROLES for part in (made[role].x, made[role].y))),
         **made,
     )
+
+
+def mislabelled(data: Data, share: float, seed: int | None) -> Data:
+    """`data` with `share` of its training labels replaced by another class, each of the others as likely.
+
+    Raises `ConfigurationError` for a share outside [0, 1), or data without one class an example.
+    """
+    y = data.train.y
+    if data.task != "classification" or y.ndim != 1 or data.outputs < 2:
+        raise ConfigurationError(f"label_noise: {data.name} does not have one class an example")
+    if not 0 <= share < 1:
+        raise ConfigurationError(f"label_noise: {share!r} is not a share in [0, 1)")
+    draw = np.random.default_rng([seed or 0, 7])
+    wrong = torch.from_numpy(draw.choice(len(y), round(share * len(y)), replace=False))
+    y = y.clone()
+    y[wrong] = (y[wrong] + torch.from_numpy(draw.integers(1, data.outputs, len(wrong)))) % data.outputs
+    return dataclasses.replace(data, train=Split(data.train.x, y), sha256=sha256_of(data.sha256, y))
 
 
 def described(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,10 +105,17 @@ def read_csv(path: str | Path, separator: str = ",") -> pd.DataFrame:
     """The rows of a CSV file. Only an empty field counts as missing: "NA" and "nan" stay text."""
     import pandas as pd
 
-    options: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig"}
+    if not isinstance(separator, str) or len(separator) != 1:
+        raise ConfigurationError(f"separator: {separator!r} is not a single character")
+    options: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig", "skipinitialspace": True}
+    options |= {"keep_default_na": False, "index_col": False}
     try:
-        header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options)
-        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False, index_col=False, **options)
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, **options)
+        with warnings.catch_warnings():  # pandas would drop fields that no column name stands for
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(path, na_values=[""], low_memory=False, **options)
+    except pd.errors.ParserWarning:
+        raise ConfigurationError(f"{path}: its rows have more fields than the {header.shape[1]} column names") from None
     except FileNotFoundError:
         raise ConfigurationError(f"no such file: {path}") from None
     except IsADirectoryError:
