@@ -21,7 +21,7 @@ import mainstem
 from mainstem.bench import Experiment, estimate, read_result, run
 from mainstem.bench import worker as worker_module
 from mainstem.bench.compare import _files_explained
-from mainstem.data import Data, Split
+from mainstem.data import Data, Split, load
 from mainstem.errors import ConfigurationError, DamagedFileError, MainstemError
 
 TINY = {"data": "digits:100", "budget": "steps=4", "seeds": 2, "tune": 2, "progress": False}
@@ -152,9 +152,13 @@ def test_splits_redrawn_with_the_seed(tmp_path, monkeypatch):
         return real(network, data, recipe, **more)
 
     monkeypatch.setattr(worker_module, "fit", watched)
-    table = mainstem.compare({"a": small, "b": lambda: small(9)}, **TINY, data_seeds="redrawn", workers=0, out=tmp_path)
-    assert len(seen) == 3 and len({sha for _, sha in seen}) == 3
-    assert table.attrs["result"]["arms"][1]["status"] == "ok"
+    arms = {"a": small, "b": lambda: small(9)}
+    for data in ("digits:100", lambda seed: load("digits:100", seed=seed)):
+        seen.clear()
+        out = tmp_path / type(data).__name__
+        table = mainstem.compare(arms, **{**TINY, "data": data}, data_seeds="redrawn", workers=0, out=out)
+        assert len(seen) == 3 and len({sha for _, sha in seen}) == 3
+        assert table.attrs["result"]["arms"][1]["status"] == "ok"
 
 
 def test_a_budget_in_flops_gives_a_network_of_twice_the_work_half_the_steps(tmp_path):

@@ -105,6 +105,7 @@ def test_final_seeds_are_fresh():
         ({"space": {"drop": {"low": 0, "high": 1}}}, "say where its search starts, with [+]drop=VALUE"),
         ({"precision": "fp8"}, "precision"),
         ({"data": ([[1.0]], [1]), "target": "y"}, "need data that is given by name"),
+        ({"data": ([[1.0]], [1]), "data_seeds": "redrawn"}, "redrawn needs data that is given by name, or a function"),
     ],
 )
 def test_a_wrong_experiment_says_what_is_wrong(changes, message):

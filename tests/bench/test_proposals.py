@@ -65,3 +65,17 @@ def test_a_failed_trial_counts_as_the_worst():
     assert next_if(None) == next_if(min(v for v in values if v is not None))
     assert next_if(None) != next_if(10.0)
     assert propose(SPACE, DEFAULT, 12, [(s, None) for s in settings], **ask)["lr"] > 0
+
+
+def test_few_choices_are_each_tried_once():
+    space = parse_space({"lr": [0.1, 0.2, 0.3], "clip": [None, 1.0]})
+    default = {"lr": 0.2, "clip": None}
+    ask = {"results": [], "seed": 0, "higher_is_better": True}
+    tried = [propose(space, default, k, arm="a", **ask) for k in range(6)]
+    assert tried[0] == default
+    assert sorted((s["lr"], str(s["clip"])) for s in tried) == [
+        (r, c) for r in (0.1, 0.2, 0.3) for c in ("1.0", "None")
+    ]
+    assert tried != [propose(space, default, k, arm="b", **ask) for k in range(6)]
+    only = parse_space({"lr": [0.2]})
+    assert propose(only, {"lr": 0.2}, 3, arm="a", **ask) == {"lr": 0.2}

@@ -60,7 +60,8 @@ def compare(
         arms: a list of names with options (`resnet-20+norm=none+lr=0.05`), mappings of the fields of `Arm`, or arms;
             or a dict of name -> any of these, a callable that returns a module, or a module.
         data: a data set's name, a `Data`, a pair `(x, y)` of arrays (split 60/20/20), or train, validation and test
-            data as a triple or a dict of `(x, y)` pairs or loaders.
+            data as a triple or a dict of `(x, y)` pairs or loaders; or a function of a seed that returns any of these,
+            called with None, or with `data_seeds="redrawn"` for every seed.
         baseline: the arm that the others are compared with; None: the first.
         seeds: the final runs of each arm: how many, or which seeds.
         tune: tuning trials per arm; 0: none.

@@ -1,14 +1,16 @@
 """Which setting an arm tries next: a pure function of the seed, the arm, the trial's index and earlier results.
 
 Optuna proposes; nothing of its own is kept between calls, so that a killed comparison goes on as if it had not been,
-and the number of workers makes no difference. The first trials spread evenly over the space (a scrambled Halton
-sequence), later ones follow the results (a tree-structured Parzen estimator).
+and the number of workers makes no difference. In a space with ranges the first trials spread evenly (a scrambled Halton
+sequence), and later ones follow the results (a tree-structured Parzen estimator).
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
+import random
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from optuna.distributions import (
 
 from .experiment import Choices, Space
 
+GRID = 64  # so many settings are tried one after another
 SPREAD = 8  # trials that are spread evenly before results guide the rest
 
 Trial = tuple[dict[str, Any], float | None]  # a setting and its value, None if the run failed
@@ -40,13 +43,14 @@ def propose(
 ) -> dict[str, Any]:
     """The setting of an arm's trial `k`; trial 0 is the arm's `default`.
 
-    A space of lists alone is gone through in order before anything is tried again.
-    `results` are those of trials 0, 1, ... up to the start of the trial's batch. A failed trial counts as the worst
-    value seen.
+    A space of short lists is gone through, in random order, before anything is tried again. Else `results`, those of
+    trials 0, 1, ... up to the start of the trial's batch, guide the search; a failed trial counts as the worst value
+    seen.
     """
     if k == 0:
         return dict(default)
     others = [setting for setting in _grid(space) if setting != default]
+    random.Random(f"{seed}/{arm}").shuffle(others)
     if k <= len(others):
         return others[k - 1]
     distributions = {name: _distribution(entry, default[name]) for name, entry in sorted(space.items())}
@@ -81,10 +85,10 @@ def propose(
 
 
 def _grid(space: Space) -> list[dict[str, Any]]:
-    """Every setting of a space of lists alone, in order; none of a space with a range."""
+    """Every setting of a space of short lists; none of a space with a range, or with more than `GRID` settings."""
     lists = [entry.choices for entry in space.values() if isinstance(entry, Choices)]
-    settings = itertools.product(*lists) if len(lists) == len(space) else ()
-    return [dict(zip(space, values, strict=True)) for values in settings]
+    short = len(lists) == len(space) and math.prod(map(len, lists)) <= GRID
+    return [dict(zip(space, values, strict=True)) for values in (itertools.product(*lists) if short else ())]
 
 
 def _distribution(entry: Any, default: Any) -> BaseDistribution:
