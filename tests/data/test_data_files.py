@@ -108,7 +108,7 @@ def test_csv_with_another_separator_a_byte_order_mark_and_a_constant_column(tmp_
         (houses(), {"target": "price", "ignore": ["area", "rooms", "side"]}, r"no column beside the target"),
         (houses(r1_side="north"), {"target": "side"}, r"class 'north' has 1 example; a split in 3 needs at least 3"),
         (houses(2), {"target": "price", "ignore": "side"}, r"2 examples are too few to split in 3"),
-        (houses(8), {"target": "side", "count": 5}, r"count: .* asks for more than the 4 examples"),
+        (houses(8), {"target": "side", "count": 5}, r"count: 5 training examples are more than the 4 of .*rows.csv"),
         ("", {"target": "a"}, r"cannot be read as CSV"),
         ("a,b\n", {"target": "a"}, r"has no rows below"),
         ("a,a\n1,2\n", {"target": "a"}, r"column name 'a' is empty or stands there twice"),
@@ -116,6 +116,8 @@ def test_csv_with_another_separator_a_byte_order_mark_and_a_constant_column(tmp_
         ("1,2\n3,4\n", {"target": "1"}, r"the first line holds numbers"),
         ("a;b\n1;2\n", {"target": "b"}, r"one column, 'a;b'; pass separator=';'"),
         ("a,b\n1,2\n3,4,5\n", {"target": "b"}, r"cannot be read as CSV: .*line 3"),
+        ("a,b\n1,2,3\n4,5,6\n", {"target": "b"}, r"rows have more fields than the 2 column names"),
+        ("a,b\n1,2\n3\n", {"target": "a"}, r"row 2, column 'b' holds no value"),
         ("a,b\n1,x\n2,x\n3,x\n4,x\n", {"target": "b"}, r"the target 'b' has one value"),
     ],
 )
@@ -124,6 +126,14 @@ def test_a_csv_that_cannot_be_used(tmp_path, text, options, said):
     with pytest.raises(ConfigurationError, match=said) as error:
         load(name, **options)
     assert "rows.csv" in str(error.value) or "task" in options
+
+
+def test_blanks_around_fields_and_lines_do_not_count(tmp_path):
+    rows = "\n\n".join(f" {i} ,  {'xy'[i % 2]}" for i in range(30))
+    data = load(table(tmp_path, f"a , b\n{rows}\n\n"), target="b")
+    assert data.labels == ["x", "y"] and len(everything(data)) == 30
+    with pytest.raises(ConfigurationError, match="separator: 'tab' is not a single character"):
+        load(table(tmp_path, "a,b\n1,2\n"), target="b", separator="tab")
 
 
 def test_a_csv_that_is_not_there_or_not_utf8(tmp_path):
@@ -219,7 +229,7 @@ X, Y = np.random.default_rng(1).normal(size=(30, 4)), np.arange(30) % 3
         ({"x": X - 9, "y": Y}, {"inputs": "tokens"}, r"token -\d+ of the train part is out of range"),
         ({"x": X, "y": Y}, {"inputs": "image"}, r"are no image data, which have 4 dimensions"),
         ({"x": X, "y": Y}, {"inputs": "pictures"}, r"inputs: unknown 'pictures'"),
-        ({"x": X, "y": Y}, {"count": 19}, r"count: .* asks for more than the 18 examples"),
+        ({"x": X, "y": Y}, {"count": 19}, r"count: 19 training examples are more than the 18 of .*held.npz"),
         ({"x": X, "y": np.array([None] * 30)}, {}, r"cannot be read as an \.npz file of plain arrays"),
         ({"x": np.array(["a"] * 30), "y": Y}, {}, r"x of the train part is not an array of numbers"),
     ],
@@ -410,8 +420,8 @@ def test_folders_that_cannot_be_used(tmp_path, classes):
             load(f"folder:{classes}", **options)
 
     said("channels: 2 is neither 3", channels=2)
-    said("asks for more than the 12 examples", count=13)
-    said("less than one example for each of 2 classes", count=1)
+    said("13 training examples are more than the 12", count=13)
+    said("less than one example for each of the 2 classes", count=1)
     (classes / "green").mkdir()
     said("green holds no images; remove the folder or fill it")
     picture(classes / "green" / "0.png", (0, 9, 0))

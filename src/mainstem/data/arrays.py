@@ -63,7 +63,7 @@ def npz(
     if classes is not None:
         whole("classes", classes, 2)
     x, y = parts["train"]
-    rows = fewer(np.arange(len(y)), count, seed, name="npz", classes=y if task == "classification" else None)
+    rows = fewer(np.arange(len(y)), count, seed, name=str(path), classes=y if task == "classification" else None)
     parts["train"] = x[rows], y[rows]
     meta: dict[str, Any] = {}
     if kind == "tokens":

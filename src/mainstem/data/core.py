@@ -199,7 +199,7 @@ def split_rows(
     taken = np.zeros_like(sizes)
     total = 0
     for i, (role, share) in enumerate(shares.items()):
-        total += int(np.ceil(share * n))
+        total += int(np.ceil(share * n - 1e-9))
         left = sizes - taken - (len(shares) - i)  # what later splits and training need stays
         counts = np.minimum(np.maximum(_apportion(sizes, total) - taken, 1), left)
         for j, group in enumerate(groups):
@@ -231,14 +231,16 @@ def fewer(
         raise ConfigurationError(f"count: {count!r} is not a positive number of training examples")
     if count > len(rows):
         raise ConfigurationError(
-            f"count: {name}:{count} asks for more than the {len(rows)} examples of the training split"
+            f"count: {count} training examples are more than the {len(rows)} of the training split of {name}"
         )
     rng = draws(seed, "count")
     if classes is None:
         return np.sort(rng.permutation(rows)[:count])
     groups = [rng.permutation(rows[classes == c]) for c in np.unique(classes)]
     if count < len(groups):
-        raise ConfigurationError(f"count: {name}:{count} is less than one example for each of {len(groups)} classes")
+        raise ConfigurationError(
+            f"count: {count} is less than one example for each of the {len(groups)} classes of {name}"
+        )
     counts = _apportion(np.array([len(group) for group in groups]), count)
     return np.sort(np.concatenate([group[:k] for group, k in zip(groups, counts, strict=True)]))
 

@@ -76,7 +76,7 @@ def folder(
     shift = whole("shift", shift, 0, size // 2)
     labels, parts = _parts(Path(path), seed)
     paths, y = parts["train"]
-    rows = fewer(np.arange(len(y)), count, seed, name="folder", classes=y)
+    rows = fewer(np.arange(len(y)), count, seed, name=str(path), classes=y)
     parts["train"] = [paths[i] for i in rows], y[rows]
     augment = Shift(shift, flip) if shift or flip else None
     meta: dict[str, Any] = {"size": [size, size], "channels": channels, "range": 255}
