@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from .data import Data, Split
 
+HOOKS = ("start", "epoch", "batch", "loss", "gradients", "step", "evaluated", "finish")  # see mainstem.training
 LOSS_CHECK = {"cuda": 20}  # steps between looks at the loss, where a look waits for the device
 
 
@@ -167,6 +168,7 @@ def _fit(
     if tensorboard and folder is None:
         raise ConfigurationError("tensorboard: its files need a folder to lie in")
     loss_of = loss_function(recipe, data)
+    methods = dict(_methods(recipe))
     batches = Batches(data.train, recipe, device, data.augment if recipe.augment else None)
     saved = folder / checkpoint.NAME if folder else None
     about = checkpoint.about(saved) if saved and saved.exists() else None
@@ -178,8 +180,8 @@ def _fit(
     choice = about["choice"] if about else pick(network, batches.sample(), recipe, loss_of, device)
     place(network, choice)
     batches.layout = choice["layout"]
-    run = Run(network, data, recipe, metric(recipe.metric, data), device, optimiser(network, recipe), choice=choice)
-    run.methods = dict(_methods(recipe))
+    judge = metric(recipe.metric, data)
+    run = Run(network, data, recipe, judge, device, optimiser(network, recipe), methods, choice=choice)
     run.steps_per_epoch = batches.per_epoch
     if recipe.budget.unit != "seconds":
         per = batches.per_epoch if recipe.budget.unit == "epochs" else 1
@@ -401,10 +403,12 @@ def _mix(seed: int, number: int) -> int:
 
 def _methods(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     for i, spec in enumerate(recipe.methods):
-        if isinstance(spec, str):
-            yield f"{i}-{spec}", registry.factory("method", spec)()
-        else:
-            yield f"{i}-{type(spec).__name__}", spec
+        if isinstance(spec, type):
+            raise ConfigurationError(f"methods: {spec!r} is a class; give an object, {spec.__name__}(...)")
+        method = registry.factory("method", spec)() if isinstance(spec, str | Mapping) else spec
+        if not any(hasattr(method, hook) for hook in HOOKS):
+            raise ConfigurationError(f"methods: {spec!r} has none of the hooks {', '.join(HOOKS)}")
+        yield f"{i}-{type(method).__name__}", method
 
 
 def _having(run: Run, hook: str) -> list[Any]:

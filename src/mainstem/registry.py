@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from .errors import ConfigurationError, unknown
@@ -80,14 +80,18 @@ def match(kind: str, name: str) -> tuple[Any, dict[str, int]]:
 def factory(kind: str, spec: Any) -> Callable[..., Any]:
     """What `spec` stands for, with its options bound.
 
-    A spec is a class or function (returned as it is) or text: a name, or a name with options such as
-    `group(groups=8)`. An option without a name is the part to wrap: `stochastic-depth(rezero, final=0.8)`.
+    A spec is a class or function (returned as it is), a mapping of `name` and options, or text: a name, or a name with
+    options such as `group(groups=8)`. An option without a name is the part to wrap:
+    `stochastic-depth(rezero, final=0.8)`.
     """
     if callable(spec):
         return spec
-    if not isinstance(spec, str):
-        raise ConfigurationError(f"{kind}: {spec!r} is neither a name nor something to call")
-    name, options = parse(kind, spec)
+    if isinstance(spec, Mapping) and "name" in spec:
+        name, options = spec["name"], {key: value for key, value in spec.items() if key != "name"}
+    elif isinstance(spec, str):
+        name, options = parse(kind, spec)
+    else:
+        raise ConfigurationError(f"{kind}: {spec!r} is neither a name, a mapping with a name, nor something to call")
     part = find(kind, name)
     parameters = inspect.signature(part).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
