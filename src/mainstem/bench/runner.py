@@ -33,12 +33,6 @@ from ..errors import ConfigurationError, DivergedError
 
 # What workers find imported: what every job needs (optimisers import torch._dynamo), and what most networks need.
 PRELOAD = ("mainstem.bench.worker", "torch._dynamo", "mainstem.nn.stages")
-    "mainstem.bench.worker",
-    "torch._dynamo",
-    "mainstem.nn.stages",
-    "mainstem.nn.norms",
-    "mainstem.nn.activations",
-)
 PATIENCE = 5.0  # seconds that a worker has to end after it sent its outcome
 
 
