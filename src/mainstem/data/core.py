@@ -117,10 +117,10 @@ def mislabelled(data: Data, share: float, seed: int | None) -> Data:
         raise ConfigurationError(f"label_noise: {data.name} does not have one class an example")
     if not 0 <= share < 1:
         raise ConfigurationError(f"label_noise: {share!r} is not a share in [0, 1)")
-    draw = np.random.default_rng([seed or 0, 7])
+    draw = draws(seed, "labels")
     wrong = torch.from_numpy(draw.choice(len(y), round(share * len(y)), replace=False))
     y = y.clone()
-    y[wrong] = (y[wrong] + torch.from_numpy(draw.integers(1, data.outputs, len(wrong)))) % data.outputs
+    y[wrong] = (y[wrong] + torch.from_numpy(draw.randint(1, data.outputs, len(wrong)))) % data.outputs
     return dataclasses.replace(data, train=Split(data.train.x, y), sha256=sha256_of(data.sha256, y))
 
 
