@@ -124,6 +124,11 @@ class Recipe(Strict):
     def _budget(cls, value: Any) -> Any:
         return Budget.of(value) if isinstance(value, str) else value
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("optimiser", "schedule")
     @classmethod
     def _named(cls, value: str, info) -> str:
