@@ -291,8 +291,8 @@ def _check(experiment: Experiment, arm: Arm, data: Data) -> None:
     recipe = experiment.recipe_of(arm, setting)
     loss_function(recipe, data)
     for method in recipe.methods:
-        if isinstance(method, str):
-            registry.factory("method", method)
+        if isinstance(method, str | Mapping):
+            registry.factory("method", method)()
     if isinstance(arm.network, str):
         try:
             with torch.device("meta"):
