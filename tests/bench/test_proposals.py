@@ -1,5 +1,7 @@
 import math
 
+import pytest
+
 from mainstem.bench.experiment import parse_space
 from mainstem.bench.plan import first_of_batch
 from mainstem.bench.proposals import SPREAD, propose
@@ -33,17 +35,22 @@ def test_trial_0_is_the_default_and_all_lie_in_the_space():
         assert setting["betas"] in ([0.9, 0.99], [0.9, 0.999])
 
 
-def test_proposals_repeat_and_differ_between_arms_and_seeds():
+def test_proposals_repeat_and_later_ones_differ_between_arms_and_seeds():
     assert search(12) == search(12)
-    assert search(6)[1:] != search(6, arm="b")[1:]
-    assert search(6)[1:] != search(6, seed=1)[1:]
+    assert search(12)[SPREAD:] != search(12, arm="b")[SPREAD:]
+    assert search(12)[SPREAD:] != search(12, seed=1)[SPREAD:]
     assert len({setting["lr"] for setting in search(16)}) == 16
 
 
-def test_the_first_trials_spread_over_the_range():
-    logs = sorted(math.log10(setting["lr"]) for setting in search(SPREAD)[1:])
-    gaps = [b - a for a, b in zip([-3.0, *logs], [*logs, 0.0], strict=True)]
-    assert max(gaps) < 1.2
+@pytest.mark.parametrize("default", [0.1, 0.001, 1.0, 0.03])
+def test_the_first_trials_spread_over_the_range_and_keep_off_the_default(default):
+    space = parse_space({"lr": {"low": 0.001, "high": 1, "log": True}})
+    for trials in (3, 4, SPREAD):
+        ask = {"results": [], "seed": 0, "arm": "a", "higher_is_better": True}
+        rates = [propose(space, {"lr": default}, k, **ask)["lr"] for k in range(trials)]
+        places = sorted((math.log10(rate) + 3) / 3 % 1 for rate in rates)  # the range as a circle
+        gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + 1], strict=True)]
+        assert max(gaps) < 2 / trials and min(gaps) > 0.3 / trials
 
 
 def test_later_trials_follow_the_results():
@@ -76,6 +83,6 @@ def test_few_choices_are_each_tried_once():
     assert sorted((s["lr"], str(s["clip"])) for s in tried) == [
         (r, c) for r in (0.1, 0.2, 0.3) for c in ("1.0", "None")
     ]
-    assert tried != [propose(space, default, k, arm="b", **ask) for k in range(6)]
+    assert tried == [propose(space, default, k, arm="b", **ask) for k in range(6)]  # arms with one space try the same
     only = parse_space({"lr": [0.2]})
     assert propose(only, {"lr": 0.2}, 3, arm="a", **ask) == {"lr": 0.2}

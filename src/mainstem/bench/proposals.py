@@ -1,8 +1,8 @@
 """Which setting an arm tries next: a pure function of the seed, the arm, the trial's index and earlier results.
 
-Optuna proposes; nothing of its own is kept between calls, so that a killed comparison goes on as if it had not been,
-and the number of workers makes no difference. In a space with ranges the first trials spread evenly (a scrambled Halton
-sequence), and later ones follow the results (a tree-structured Parzen estimator).
+Nothing is kept between calls, so that a killed comparison goes on as if it had not been, and the number of workers makes
+no difference. In a space with ranges the first trials are spread evenly, the same way for every arm, and Optuna's
+tree-structured Parzen estimator proposes the later ones from the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from .experiment import Choices, Space
+from .experiment import Choices, Range, Space
 
 GRID = 64  # so many settings are tried one after another
 SPREAD = 8  # trials that are spread evenly before results guide the rest
@@ -50,38 +50,68 @@ def propose(
     if k == 0:
         return dict(default)
     others = [setting for setting in _grid(space) if setting != default]
-    random.Random(f"{seed}/{arm}").shuffle(others)
+    random.Random(seed).shuffle(others)
     if k <= len(others):
         return others[k - 1]
+    if k < SPREAD:
+        return _spread(space, default, k)
     distributions = {name: _distribution(entry, default[name]) for name, entry in sorted(space.items())}
-    spread = k < SPREAD
-    stream = int.from_bytes(hashlib.sha256(f"{seed}/{arm}/{0 if spread else k}".encode()).digest()[:4], "big")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler: optuna.samplers.BaseSampler = (
-            optuna.samplers.QMCSampler(qmc_type="halton", scramble=True, seed=stream)
-            if spread
-            else optuna.samplers.TPESampler(n_startup_trials=1, multivariate=True, seed=stream)
-        )
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(direction="maximize" if higher_is_better else "minimize", sampler=sampler)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
     finite = [value for _, value in results if value is not None]
     worst = (min if higher_is_better else max)(finite, default=0.0)
-    history = [(default, 0.0)] if spread else results
-    for setting, value in history:
+    study = _study(higher_is_better, int(hashlib.sha256(f"{seed}/{arm}/{k}".encode()).hexdigest()[:8], 16))
+    for setting, value in results:
         params = {name: _encode(space[name], setting[name]) for name in distributions}
         study.add_trial(
             optuna.trial.create_trial(
                 params=params, distributions=distributions, value=worst if value is None else value
             )
         )
-    for _ in range(k if spread else 1):  # the k-th point of the sequence
-        trial = study.ask(distributions)
-    return {name: _decode(space[name], trial.params[name]) for name in space}
+    params = study.ask(distributions).params
+    return {name: _decode(space[name], params[name]) for name in space}
+
+
+def _study(higher_is_better: bool, seed: int) -> optuna.Study:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(n_startup_trials=1, multivariate=True, seed=seed)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(direction="maximize" if higher_is_better else "minimize", sampler=sampler)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _spread(space: Space, default: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """Point `k` of the additive sequence of the generalised golden ratio, whose point 0 is the default.
+
+    Every prefix of it is spread evenly over the space, and no early point comes close to the default.
+    """
+    golden = 2.0
+    for _ in range(64):  # the fixed point of g = (1 + g)^(1 / (d + 1))
+        golden = (1 + golden) ** (1 / (len(space) + 1))
+    return {
+        name: _at(entry, default[name], (_position(entry, default[name]) + k * golden**-i) % 1)
+        for i, (name, entry) in enumerate(space.items(), 1)
+    }
+
+
+def _position(entry: Range | Choices, value: Any) -> float:
+    """Where `value` lies in its range, between 0 and 1."""
+    if isinstance(entry, Choices):
+        return (entry.choices.index(value) + 0.5) / len(entry.choices)
+    low, high, value = (math.log(v) if entry.log else v for v in (entry.low, entry.high, value))
+    return (value - low) / (high - low)
+
+
+def _at(entry: Range | Choices, default: Any, position: float) -> Any:
+    """The value at `position` of a range; an integer if the default is one."""
+    if isinstance(entry, Choices):
+        return entry.choices[int(position * len(entry.choices))]
+    low, high = (math.log(v) if entry.log else v for v in (entry.low, entry.high))
+    value = low + position * (high - low)
+    value = min(max(math.exp(value) if entry.log else value, entry.low), entry.high)
+    return round(value) if isinstance(default, int) else value
 
 
 def _grid(space: Space) -> list[dict[str, Any]]:
