@@ -68,12 +68,12 @@ class Paper(Strict):
         return places
 
 
-def build() -> dict[str, Any]:
-    """The index: papers from the YAML files, parts from the source.
+def build(package: Path = PACKAGE) -> dict[str, Any]:
+    """The index of a package: papers from its YAML files, parts from its source.
 
     Raises `ConfigurationError`, naming the file, for an entry or a registration that cannot be used.
     """
-    return {"schema": SCHEMA, "papers": _papers(), "parts": _parts()}
+    return {"schema": SCHEMA, "papers": _papers(package / "catalogue"), "parts": _parts(package)}
 
 
 def text() -> str:
@@ -89,9 +89,9 @@ def write() -> Path:
     return INDEX
 
 
-def _papers() -> list[dict[str, Any]]:
+def _papers(folder: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(Path(__file__).parent.glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         try:
             entries = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -106,12 +106,12 @@ def _papers() -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda entry: (entry["area"], entry["id"]))
 
 
-def _parts() -> dict[str, dict[str, str]]:
+def _parts(package: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ".".join(["mainstem", *path.relative_to(PACKAGE).with_suffix("").parts])
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(["mainstem", *path.relative_to(package).with_suffix("").parts])
         for line, kind, name in _registrations(path):
-            where = f"{path.relative_to(PACKAGE)}:{line}"
+            where = f"{path.relative_to(package)}:{line}"
             if kind not in found:
                 raise ConfigurationError(f"{where}: {unknown('kind', kind, KINDS)}")
             if found[kind].setdefault(name, module) != module:

@@ -200,7 +200,11 @@ def _cache(package: Path) -> Path:
 
 
 def _facts(path: str, module: str, package: bool) -> Facts:
-    tree = ast.parse(Path(path).read_bytes())
+    content = Path(path).read_bytes()
+    try:
+        tree = ast.parse(content)
+    except SyntaxError:  # half edited: whatever leads here is stale, and the rest of the listing goes on
+        return {"hash": _digest(content), "package": package, "imports": [], "binds": {}, "texts": []}
     inside = module if package else module.rpartition(".")[0]
     binds: dict[str, tuple[str, str | None]] = {}
     imports: set[tuple[str, str | None]] = set()

@@ -10,6 +10,7 @@ from typing import Any
 from .. import __version__
 from ..errors import ConfigurationError
 from . import find, module_of
+from .fingerprint import state
 from .lab import Lab
 from .protocol import NOT_TESTED, Check, Claim, NotTested, overall
 
@@ -39,7 +40,7 @@ def reproduce(
     arms, versions, hardware and code.
     Raises: `ConfigurationError` as `find` does, and for seeds or a design that cannot be used.
     """
-    claim = find(id)
+    claim, code = find(id), state(module_of(id))
     effect = claim.effect
     begun = time.perf_counter()
     record: dict[str, Any] = {"id": id, "verdict": None, "expected": None, "measured": [], "exact": [], "seeds": []}
@@ -62,22 +63,20 @@ def reproduce(
                 "seeds": list(lab.seeds),
             }
             used = lab.used
-    return {**record, "seconds": round(time.perf_counter() - begun, 1), **used, **_circumstances(id, workers)}
+    return {**record, "seconds": round(time.perf_counter() - begun, 1), **used, **_circumstances(workers), "code": code}
 
 
-def _circumstances(id: str, workers: int | None) -> dict[str, Any]:
+def _circumstances(workers: int | None) -> dict[str, Any]:
     """What the result may depend on besides the design."""
     import numpy
     import torch
 
     from ..bench.compare import default_workers
     from ..bench.result import hardware
-    from .fingerprint import state
 
     workers = default_workers("cpu", 1) if workers is None else workers
     versions = {"mainstem": __version__, "torch": torch.__version__, "numpy": numpy.__version__}
     return {
         "versions": {**versions, "python": platform.python_version()},
         "hardware": hardware("cpu", 1, workers),
-        "code": state(module_of(id)),
     }
