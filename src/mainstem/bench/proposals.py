@@ -1,6 +1,6 @@
 """Which setting an arm tries next: a pure function of the seed, the arm, the trial's index and earlier results.
 
-Nothing is kept between calls, so that a killed comparison goes on as if it had not been, and the number of workers makes
+Nothing is kept between calls, so a killed comparison goes on as if it had not been, and the number of workers makes
 no difference. In a space with ranges the first trials are spread evenly, the same way for every arm, and Optuna's
 tree-structured Parzen estimator proposes the later ones from the results.
 """
