@@ -68,7 +68,7 @@ def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         if tensor.is_floating_point():
             values = torch.rand(tensor.shape, generator=generator) * 0.4 + 0.1
             if tensor.ndim > 1:
-                values = (values - 0.3) * 4 / tensor[0].numel() ** 0.5
+                values = (values - 0.3) * 12 / tensor[0].numel() ** 0.5  # He et al.'s variance
             tensor.data = values.to(tensor.device, tensor.dtype)
     return module
 

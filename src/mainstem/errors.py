@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -31,8 +32,18 @@ class DivergedError(MainstemError):
 
 
 def nearest(given: str, valid: Iterable[str], n: int = 3) -> list[str]:
-    """The up to `n` entries of `valid` that a person who typed `given` most likely meant."""
-    return difflib.get_close_matches(str(given), sorted(valid), n=n, cutoff=0.4)
+    """The up to `n` entries of `valid` that a person who typed `given` most likely meant.
+
+    In a pattern such as `wrn-<depth>-<k>` a field stands for any number.
+    """
+    bare = re.sub(r"\d+", "0", str(given))
+
+    def likeness(entry: str) -> float:
+        pair = (re.sub(r"<\w+>", "0", entry), bare) if "<" in entry else (entry, str(given))
+        return difflib.SequenceMatcher(None, *pair).ratio()
+
+    scored = sorted((-likeness(entry), entry) for entry in valid)
+    return [entry for score, entry in scored if -score >= 0.4][:n]
 
 
 def unknown(field: str, given: object, valid: Iterable[str]) -> ConfigurationError:

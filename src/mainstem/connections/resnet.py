@@ -55,6 +55,8 @@ class BottleneckBranch(nn.Module):
         stride_on: str = "3x3",
     ):
         super().__init__()
+        if stride_on not in ("1x1", "3x3"):
+            raise ConfigurationError(f"stride_on: {stride_on!r} is neither '1x1' nor '3x3'")
         bias, inner = norm_spec == "none", out_width // EXPANSION
         first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
         self.conv1 = conv1x1(width, inner, first, bias)
