@@ -55,7 +55,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 if TYPE_CHECKING:
-    from .bench import compare as compare
+    from .bench.compare import compare as compare
     from .catalogue import cite as cite
     from .fit import evaluate as evaluate
     from .fit import fit as fit

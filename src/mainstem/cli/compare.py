@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
+from .pairs import recipe_fields
 
 what = functools.partial(typer.Option, rich_help_panel="What is compared")
 how = functools.partial(typer.Option, rich_help_panel="How it is run")
@@ -103,7 +104,7 @@ def _experiment(arms: list[str], file: Path | None, given: dict[str, Any], recip
         file, arms = Path(arms[0]), []
     if arms:
         given["arms"] = arms
-    changed = _recipe(recipe)
+    changed = recipe_fields(recipe)
     if file is not None:
         if changed:
             given["recipe"] = {**Experiment.from_yaml(file, **given).recipe, **changed}
@@ -125,18 +126,6 @@ def _seeds(text: str | None) -> int | list[int] | None:
     except ValueError:
         raise ConfigurationError(f"seeds: {text!r} is neither a number nor a list such as 0,1,2") from None
     return numbers if "," in text else numbers[0]
-
-
-def _recipe(pairs: list[str]) -> dict[str, Any]:
-    from ..bench.experiment import load_yaml
-
-    fields: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigurationError(f"recipe: {pair!r} is not of the form key=value")
-        fields[key.strip()] = load_yaml(value, f"recipe.{key.strip()}")
-    return fields
 
 
 def _print_json(value: Any) -> None:

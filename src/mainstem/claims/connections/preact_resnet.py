@@ -33,7 +33,7 @@ def exact() -> Iterator[Check]:
     yield Check("the stream is its input plus the branches' outputs", _gap(y, x + sum(outputs)) / scale, 1e-5)
 
     for index in stage:
-        nn.init.zeros_(model.stream[index].branch.body.conv2.weight)
+        nn.init.zeros_(model.stream[index].branch.get_parameter("body.conv2.weight"))
     flat = lambda v: model.stream(v.view(1, 16, 1, 1), order=stage).flatten()  # noqa: E731
     jacobian = torch.autograd.functional.jacobian(flat, x.flatten())
     yield Check.equal("100 zero-initialised blocks are the identity", flat(x.flatten()), x.flatten(), 1e-6)

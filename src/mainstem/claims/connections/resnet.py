@@ -33,7 +33,7 @@ def zeroed_branch() -> Iterator[Check]:
     """With a branch of zeros, a block is ReLU(x)."""
     model = network("resnet-20", classes=10, in_channels=1, seed=0).eval()
     block = model.stream[1]
-    nn.init.zeros_(block.branch.norm2.weight)
+    nn.init.zeros_(block.branch.get_parameter("norm2.weight"))
     x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         yield Check.equal("a zeroed branch leaves ReLU(x)", block(x)[0], x.relu())
