@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import DamagedFileError
+from .errors import DamagedFileError, UnwritableFileError
 from .files import replacing
 
 NAME = "checkpoint.safetensors"
@@ -18,7 +19,11 @@ NAME = "checkpoint.safetensors"
 def save(
     path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, methods: dict[str, Any], about: dict[str, Any]
 ) -> None:
-    """Write everything that training needs to go on bitwise; `about` is JSON."""
+    """Write everything that training needs to go on bitwise; `about` is JSON.
+
+    Raises `UnwritableFileError`, and leaves the file that was there, where it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {f"network/{name}": value for name, value in network.state_dict().items()}
@@ -43,8 +48,11 @@ def save(
     meta = {"about": about, "scalars": scalars, "methods": kept}
     # Clones: tied weights and views may not share memory in the file.
     whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(whole, str(temporary), metadata={"mainstem": json.dumps(meta)})
+    try:
+        with replacing(path) as temporary:
+            save_file(whole, str(temporary), metadata={"mainstem": json.dumps(meta)})
+    except SafetensorError as error:
+        raise UnwritableFileError(errno.EIO, str(error), str(path)) from None
 
 
 def about(path: Path) -> dict[str, Any]:

@@ -19,6 +19,13 @@ class DamagedFileError(MainstemError):
     """A file of ours is truncated or is not what its name says."""
 
 
+class UnwritableFileError(MainstemError, OSError):
+    """A file cannot be written: the disk is full, the folder is read-only. `errno`, `strerror`, `filename` say more."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
 class DivergedError(MainstemError):
     """The training loss became NaN or Inf."""
 

@@ -6,6 +6,7 @@ as integers. A builder returns a `Network`: a stem, a stream and a head.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
-from .errors import ConfigurationError, DamagedFileError, unknown
+from .errors import ConfigurationError, DamagedFileError, UnwritableFileError, unknown
 from .files import read_json, replacing, write_json
 from .stream import Stream
 
@@ -170,8 +171,11 @@ def network_for(name: str, data: Data, **overrides: Any) -> Network:
 def save(model: Network, folder: str | Path, **also: Any) -> Path:
     """Write a network to `folder`; `also` is kept in `config.json` beside its own settings.
 
-    Raises `ConfigurationError` where a part was given as a class or function, which a file cannot name.
+    Raises:
+        ConfigurationError: a part was given as a class or function, which a file cannot name.
+        UnwritableFileError: a full disk, a read-only folder.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     config = dict(model.config)
@@ -183,9 +187,11 @@ def save(model: Network, folder: str | Path, **also: Any) -> Path:
                 f"{key}: {value!r} has no name to be saved under; declare it with mainstem.register and pass the name"
             )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_model(model, str(temporary))
+    try:
+        with replacing(folder / WEIGHTS) as temporary:
+            save_model(model, str(temporary))
+    except SafetensorError as error:
+        raise UnwritableFileError(errno.EIO, str(error), str(folder / WEIGHTS)) from None
     write_json(folder / CONFIG, {"network": config, "papers": papers_of(model), **also})
     return folder
 
