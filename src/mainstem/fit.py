@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -212,6 +213,7 @@ def _train(run: Run, batches: Batches, loss_of: Any, saved: Path | None, report:
     look_every = LOSS_CHECK.get(run.device.type, 1)
     losses: list[Tensor] = []  # since the last look
     due = len(run.history) + 1  # the next evaluation
+    optim.zero_grad(set_to_none=True)
     tick = time.perf_counter()
 
     while run.progress < 1:
@@ -371,8 +373,19 @@ class Batches:
 
         rows = self.order[position * self.size : self.per_epoch * self.size].tolist()
         pinned = self.device.type == "cuda"
+        # A generator of its own: a loader draws from torch's global one otherwise, and a run that goes on in the middle
+        # of an epoch would draw once more than an unbroken one.
+        own = torch.Generator().manual_seed(_mix(self.seed, self.order_of or 0) ^ 2)
         return iter(
-            DataLoader(_Pairs(self.split), self.size, sampler=rows, num_workers=2, drop_last=True, pin_memory=pinned)
+            DataLoader(
+                _Pairs(self.split),
+                self.size,
+                sampler=rows,
+                num_workers=_readers(),
+                drop_last=True,
+                pin_memory=pinned,
+                generator=own,
+            )
         )
 
 
@@ -393,7 +406,12 @@ def _in_order(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     else:
         from torch.utils.data import DataLoader
 
-        yield from DataLoader(_Pairs(split), size, num_workers=2)
+        yield from DataLoader(_Pairs(split), size, num_workers=_readers(), generator=torch.Generator())
+
+
+def _readers() -> int:
+    """Processes that read data which is not in memory; a worker of the bench may not have any, and reads by itself."""
+    return 0 if multiprocessing.current_process().daemon else 2
 
 
 def _mix(seed: int, number: int) -> int:

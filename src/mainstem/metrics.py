@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     from .data import Data
 
 IGNORED = -100  # a target that is not scored
+CLASSES, NUMBERS = ("classification", "next-token"), ("regression",)  # tasks
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: `per_example(output, y) -> [N]`, whose mean is the value, or `total(outputs, ys) -> number`."""
+    """A metric: `per_example(output, y) -> [N]`, whose mean is the value, or `total(outputs, ys) -> number`.
+
+    `tasks` are those that it is for; none means any.
+    """
 
     name: str
     unit: str = ""
     higher_is_better: bool = True
     per_example: Callable[[Tensor, Tensor], Tensor] | None = None
     total: Callable[[np.ndarray, np.ndarray], float] | None = None
+    tasks: tuple[str, ...] = ()
 
 
 def metric(spec: Any = "auto", data: Data | None = None) -> Metric:
@@ -36,7 +41,7 @@ def metric(spec: Any = "auto", data: Data | None = None) -> Metric:
 
     "auto" is accuracy for classification, mean squared error for regression and nats for next-token prediction. A
     function `f(output, y)` may return one value an example, `[N]`, or one number for all; give it an attribute
-    `higher_is_better = False` where lower is better.
+    `higher_is_better = False` where lower is better. A name whose task is not that of `data` raises.
     """
     if isinstance(spec, Metric):
         return spec
@@ -44,7 +49,12 @@ def metric(spec: Any = "auto", data: Data | None = None) -> Metric:
         task = data.task if data is not None else "classification"
         spec = {"classification": "accuracy", "regression": "mse", "next-token": "nats"}[task]
     if isinstance(spec, str):
-        return registry.find("metric", spec)()
+        found = registry.find("metric", spec)()
+        if data is not None and found.tasks and data.task not in found.tasks:
+            raise ConfigurationError(
+                f"metric: {spec} is for {' and '.join(found.tasks)}; the task of {data.name} is {data.task}"
+            )
+        return found
     if not callable(spec):
         raise ConfigurationError(f"metric: {spec!r} is neither a name nor a function (output, y) -> values")
     higher = bool(getattr(spec, "higher_is_better", True))
@@ -66,20 +76,30 @@ def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 @registry.register("metric", "accuracy")
 def accuracy() -> Metric:
     """Share of right classes, in per cent."""
-    return Metric("accuracy", "%", True, lambda output, y: _over_positions(100.0 * (output.argmax(-1) == y).float(), y))
+    return Metric(
+        "accuracy",
+        "%",
+        True,
+        lambda output, y: _over_positions(100.0 * (output.argmax(-1) == y).float(), y),
+        tasks=CLASSES,
+    )
 
 
 @registry.register("metric", "nats")
 def nats() -> Metric:
     """Cross-entropy in nats a target."""
-    return Metric("nats", "nats", False, lambda output, y: _over_positions(_cross_entropy(output, y), y))
+    return Metric("nats", "nats", False, lambda output, y: _over_positions(_cross_entropy(output, y), y), tasks=CLASSES)
 
 
 @registry.register("metric", "bits")
 def bits() -> Metric:
     """Cross-entropy in bits a target."""
     return Metric(
-        "bits", "bits", False, lambda output, y: _over_positions(_cross_entropy(output, y), y) / float(np.log(2))
+        "bits",
+        "bits",
+        False,
+        lambda output, y: _over_positions(_cross_entropy(output, y), y) / float(np.log(2)),
+        tasks=CLASSES,
     )
 
 
@@ -90,13 +110,13 @@ def _errors(output: Tensor, y: Tensor) -> Tensor:
 @registry.register("metric", "mse")
 def mse() -> Metric:
     """Mean squared error, in the targets' unit squared."""
-    return Metric("mse", "", False, lambda output, y: _errors(output, y).square().mean(1))
+    return Metric("mse", "", False, lambda output, y: _errors(output, y).square().mean(1), tasks=NUMBERS)
 
 
 @registry.register("metric", "mae")
 def mae() -> Metric:
     """Mean absolute error, in the targets' unit."""
-    return Metric("mae", "", False, lambda output, y: _errors(output, y).abs().mean(1))
+    return Metric("mae", "", False, lambda output, y: _errors(output, y).abs().mean(1), tasks=NUMBERS)
 
 
 @registry.register("metric", "r2")
@@ -104,9 +124,10 @@ def r2() -> Metric:
     """Coefficient of determination; one number for a split."""
     from sklearn.metrics import r2_score
 
-    return Metric(
-        "r2", "", True, total=lambda output, y: float(r2_score(y.reshape(len(y), -1), output.reshape(len(y), -1)))
-    )
+    def total(output: np.ndarray, y: np.ndarray) -> float:
+        return float(r2_score(y.reshape(len(y), -1), output.reshape(len(y), -1)))
+
+    return Metric("r2", "", True, total=total, tasks=NUMBERS)
 
 
 @registry.register("metric", "balanced-accuracy")
@@ -119,6 +140,7 @@ def balanced_accuracy() -> Metric:
         "%",
         True,
         total=lambda output, y: 100.0 * float(balanced_accuracy_score(y, output.argmax(-1))),
+        tasks=("classification",),
     )
 
 

@@ -172,13 +172,16 @@ def save(model: Network, folder: str | Path, **also: Any) -> Path:
     """Write a network to `folder`; `also` is kept in `config.json` beside its own settings.
 
     Raises:
-        ConfigurationError: a part was given as a class or function, which a file cannot name.
+        ConfigurationError: a part was given as a class or function, which a file cannot name, or the whole network
+            was put together by hand.
         UnwritableFileError: a full disk, a read-only folder.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     config = dict(model.config)
+    if "name" not in config:
+        raise ConfigurationError("network: it was not built by name, so a folder cannot say how to rebuild it")
     if model.stream.reconnected is not None:
         config["connection"] = model.stream.reconnected
     for key, value in config.items():
@@ -207,13 +210,28 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Network:
 
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or "name" not in config.get("network", {}):
+    settings = config.get("network") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or not {"name", "classes"} <= settings.keys():
         raise DamagedFileError(f"{folder / CONFIG} does not describe a network")
-    model = network(**config["network"], seed=0)
+    model = network(**settings, seed=0)
     if not (folder / WEIGHTS).exists():
         raise ConfigurationError(f"no such file: {folder / WEIGHTS}")
     try:
+        _tie(model, folder / WEIGHTS)
         load_model(model, str(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         raise DamagedFileError(f"{folder / WEIGHTS} is damaged or is not of this network: {error}") from None
     return model.to(device).eval()
+
+
+def _tie(model: nn.Module, path: Path) -> None:
+    """Let parameters be one that were one when the file was written: it holds them once, and the others' names."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        kept = file.metadata() or {}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for name, held in kept.items():
+        if name in names and held in names:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, names[held])

@@ -13,7 +13,7 @@ from .errors import ConfigurationError, nearest, unknown
 class Strict(BaseModel):
     """A model of user input: unknown fields are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Any:
@@ -35,9 +35,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
             meant = f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(model.model_fields)}"
             lines.append(f"{field}: unknown field; {meant}")
             continue
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem["msg"].removeprefix("Value error, ").removeprefix(f"{field.split('.')[-1]}: ")
         given = problem.get("input")
-        shown = f" (given: {given!r})" if not isinstance(given, dict | list) or not given else ""
+        told = problem["type"] == "value_error" and repr(given) in message
+        shown = "" if told or (given and isinstance(given, dict | list)) else f" (given: {given!r})"
         lines.append(f"{field}: {message}{shown}" if field else f"{message}")
     prefix = f"{where}: " if where else ""
     return "\n".join(prefix + line for line in lines)
