@@ -57,12 +57,13 @@ def place(network: nn.Module, choice: dict[str, Any]) -> None:
     if choice["layout"] == "channels-last":
         for parameter in network.parameters():
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
     """A batch in the chosen memory layout."""
-    return x.contiguous(memory_format=torch.channels_last) if layout == "channels-last" and x.ndim == 4 else x
+    # `to`, not `contiguous`: one channel is contiguous either way, and only its strides tell layers which is meant.
+    return x.to(memory_format=torch.channels_last) if layout == "channels-last" and x.ndim == 4 else x
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager]:
