@@ -102,6 +102,7 @@ def package(tmp_path, monkeypatch):
         ("spec = 'wrapper(part, final=0.5)'", {"area.part"}),
         ("spec = f'family-{depth}+connection={name}'", {"area.family"}),
         ("names = ['part', 'others', 'a-part']", {"area.part"}),
+        ("names = ['part2', 'family-x', 'family-20-2', 'Other']", set()),
         ('"""The other part."""', set()),
         ("# other", set()),
     ],

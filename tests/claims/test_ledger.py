@@ -93,6 +93,7 @@ def test_an_edit_makes_an_entry_stale(edited, fakes):
         lambda text: text.replace('"verdict": "holds",\n "exp', '"verdict": "hold",\n "exp'),
         lambda text: text.replace('"id": "fake-holds"', '"id": "fake-fails"'),
         lambda text: text.replace('"code"', '"coda"'),
+        lambda text: text.replace('"modules"', '"module"'),
     ],
 )
 def test_a_damaged_entry_is_named(damage, fakes):

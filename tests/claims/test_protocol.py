@@ -132,3 +132,14 @@ def test_a_design_is_whole():
         Contrast("gain", beyond="over")
     with pytest.raises(ConfigurationError, match="checks nothing"):
         check(Claim(exact=lambda: iter(()), effect=NotTested("why")))
+
+
+def test_exact_checks_run_on_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        claim = Claim(lambda: [Check.equal("threads", torch.get_num_threads(), 1)], NotTested("why"))
+        assert check(claim)[0].passed
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

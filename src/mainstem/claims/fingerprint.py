@@ -53,7 +53,7 @@ ASIDE = tuple(
     )
 )
 
-Facts = dict[str, Any]  # of a file: hash, package, imports [[module, name or None]], binds {name: import}, texts
+Facts = dict[str, Any]  # of a file: hash, package, imports [[module, name or None]], binds {name: import}, words
 
 
 def state(module: str) -> dict[str, str]:
@@ -81,14 +81,11 @@ class Source:
     def __init__(self, files: dict[str, Facts], parts: dict[str, dict[str, str]], areas: set[str]):
         self.files, self.areas = files, areas
         self._leads: dict[str, frozenset[str]] = {}
-        self._exact: dict[str, set[str]] = {}
-        self._patterns: list[tuple[re.Pattern[str], str]] = []
+        self._parts: dict[str, set[str]] = {}
         for names in parts.values():
             for name, module in names.items():
-                if "<" in name:
-                    self._patterns.append((re.compile(re.sub(r"<\w+>", r"\\d+", re.escape(name))), module))
-                else:
-                    self._exact.setdefault(name.partition(":")[0], set()).add(module)
+                key = _shape(name) if "<" in name else name.partition(":")[0]
+                self._parts.setdefault(key, set()).add(module)
 
     def reached(self, module: str) -> set[str]:
         """`module` and all that it leads to."""
@@ -105,7 +102,8 @@ class Source:
             facts = self.files[module]
             found = {self._resolved(target, name) for target, name in facts["imports"]}
             if self._in_area(module):
-                found |= {part for text in facts["texts"] for part in self._named(text)}
+                for word in facts["words"]:
+                    found |= self._parts.get(word, set()) | self._parts.get(_shape(word), set())
             self._leads[module] = frozenset(each for each in found if each and not _aside(each))
         return self._leads[module]
 
@@ -126,12 +124,10 @@ class Source:
         names = module.removeprefix(f"{NAME}.claims.").removeprefix(f"{NAME}.").split(".")
         return names[0] in self.areas
 
-    def _named(self, text: str) -> Iterator[str]:
-        """The modules of the parts that a text names."""
-        for word in re.findall(r"[\w.-]+", text):
-            word = word.strip(".-")
-            yield from self._exact.get(word, ())
-            yield from (module for pattern, module in self._patterns if pattern.fullmatch(word))
+
+def _shape(name: str) -> str:
+    """A name with every number and every field of a pattern alike, so that `wrn-28-10` and `wrn-<depth>-<k>` agree."""
+    return re.sub(r"<\w+>|\d+", "#", name)
 
 
 def _aside(module: str) -> bool:
@@ -204,7 +200,7 @@ def _facts(path: str, module: str, package: bool) -> Facts:
     try:
         tree = ast.parse(content)
     except SyntaxError:  # half edited: whatever leads here is stale, and the rest of the listing goes on
-        return {"hash": _digest(content), "package": package, "imports": [], "binds": {}, "texts": []}
+        return {"hash": _digest(content), "package": package, "imports": [], "binds": {}, "words": []}
     inside = module if package else module.rpartition(".")[0]
     binds: dict[str, tuple[str, str | None]] = {}
     imports: set[tuple[str, str | None]] = set()
@@ -237,7 +233,7 @@ def _facts(path: str, module: str, package: bool) -> Facts:
         "package": package,
         "imports": sorted(([target, name] for target, name in imports), key=str),
         "binds": {bound: list(origin) for bound, origin in sorted(binds.items())},
-        "texts": sorted(texts),
+        "words": sorted({word.strip(".-") for text in texts for word in re.findall(r"[\w.-]+", text)}),
     }
 
 

@@ -44,6 +44,8 @@ def read(id: str, where: str | Path | None = None) -> Entry | None:
     entry, remedy = read_json(path), f"remove it, or make it anew with: mainstem reproduce {id}"
     if not isinstance(entry, dict) or entry.get("schema") != SCHEMA or not entry.keys() >= KEYS:
         raise DamagedFileError(f"{path} is not a ledger entry of schema {SCHEMA}; {remedy}")
+    if not isinstance(entry["code"], dict) or not entry["code"].keys() >= {"fingerprint", "files", "modules"}:
+        raise DamagedFileError(f"{path} does not say which code it measured; {remedy}")
     if entry["id"] != id or entry["verdict"] not in VERDICTS:
         raise DamagedFileError(f"{path} is not the entry of {id}; {remedy}")
     return entry
