@@ -322,3 +322,26 @@ def test_the_default_folder_is_new_each_time(tmp_path, monkeypatch):
     folders = {run(experiment, workers=0, progress=False)[1] for _ in range(2)}
     assert len(folders) == 2 and all(folder.parent == Path("runs") for folder in folders)
     assert time.strftime("%Y") in folders.pop().name
+
+
+def test_images_that_stay_files_are_compared_too(tmp_path):
+    from PIL import Image
+
+    draw = np.random.RandomState(0)
+    for label in ("bright", "dark"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = draw.randint(150, 255, (8, 8)) if label == "bright" else draw.randint(0, 100, (8, 8))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+    table = mainstem.compare(
+        ["mlp-1x8"],
+        f"folder:{tmp_path / 'images'}",
+        data_options={"size": 8, "channels": 1, "in_memory": 0},
+        budget="epochs=1",
+        tune=0,
+        seeds=2,
+        workers=1,
+        out=tmp_path / "out",
+        progress=False,
+    )
+    assert table["status"].tolist() == ["ok"]

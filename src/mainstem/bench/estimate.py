@@ -31,11 +31,10 @@ def estimate(experiment: Experiment, workers: int | None = None) -> dict[str, An
     each = experiment.tune + len(experiment.final_seeds)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, prepared.shared(Path(folder) / "data") as plan:
-        for job in plan.ready({}):
-            if job.key.kind == "cost":
-                found = attempt(functools.partial(run_job, job))
-                row = {"name": job.arm.name, "description": job.arm.description, "runs": each}
-                rows.append({**row, **_run_cost(job, found, prepared.first)})
+        for job in plan.costs({}):
+            found = attempt(functools.partial(run_job, job))
+            row = {"name": job.arm.name, "description": job.arm.description, "runs": each}
+            rows.append({**row, **_run_cost(job, found, prepared.first)})
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "arms": rows,

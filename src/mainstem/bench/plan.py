@@ -39,15 +39,29 @@ class Plan:
     device: str = "cpu"
 
     def ready(self, runs: Runs, taken: Collection[Key] = ()) -> Iterator[Job]:
-        """The jobs, apart from those in `taken`, that have not finished and whose prerequisites have; arm by turn."""
+        """The jobs, apart from those in `taken`, that have not finished and whose prerequisites have; arm by turn.
+
+        Costs come first and one at a time: a training step is timed while nothing else runs.
+        """
+        for job in self.costs(runs):
+            if job.key not in taken:
+                yield job
+            return
         waiting = [[key for key in self._waiting(arm, runs) if key not in taken] for arm in self.experiment.arms]
         for turn in itertools.zip_longest(*waiting):
             for arm, key in zip(self.experiment.arms, turn, strict=True):
                 if key is not None:
                     yield self.job(arm, key, self._setting(arm, key, runs))
 
+    def costs(self, runs: Runs) -> Iterator[Job]:
+        """The jobs that measure what a step of each arm costs, those in `runs` left out."""
+        for arm in self.experiment.arms:
+            key = Key(arm.name, "cost", 0)
+            if key not in runs:
+                yield self.job(arm, key, self.experiment.default(arm))
+
     def _waiting(self, arm: Arm, runs: Runs) -> Iterator[Key]:
-        keys = [Key(arm.name, "cost", 0)]
+        keys: list[Key] = []
         tune, done = self.experiment.tune, self.trials(arm, runs)
         if len(done) < tune:
             batch = self.experiment.tune_batch
@@ -60,8 +74,6 @@ class Plan:
     def _setting(self, arm: Arm, key: Key, runs: Runs) -> dict[str, Any]:
         if key.kind == "final":
             return self.best(arm, runs) or {}
-        if key.kind == "cost":
-            return self.experiment.default(arm)
         from .proposals import propose  # Optuna, which workers do without
 
         trials = self.trials(arm, runs)
