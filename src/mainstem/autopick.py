@@ -12,10 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ConfigurationError
 from .recipe import Recipe
 
 # How much faster a choice must be to be taken over the plainer one before it.
 GAIN = {"layout": 1.03, "precision": 1.15}
+
+
+def usable(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None is CUDA where there is one, else the CPU. One that is not here raises."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device: {str(device)!r} cannot be used here ({reason})") from None
+    return torch.device(device)
 
 
 def pick(

@@ -10,6 +10,7 @@ the CPU, with bitwise the weights of an unbroken run.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import multiprocessing
 import time
@@ -24,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, registry
-from .autopick import arrange, autocast, pick, place
+from .autopick import arrange, autocast, pick, place, usable
 from .errors import ConfigurationError, DivergedError
 from .metrics import IGNORED, Metric, Scores, metric
 from .optimisers import multiplier, optimiser
 from .progress import Reporter
-from .recipe import Recipe
+from .recipe import Recipe, told
 
 if TYPE_CHECKING:
     from .data import Data, Split
@@ -150,7 +151,7 @@ def fit(
         DamagedFileError: the folder's checkpoint cannot be read.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe or {}, "recipe")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable(device)
     with _threads(recipe.threads):
         return _fit(network, data, recipe, Path(folder) if folder else None, device, progress, tensorboard)
 
@@ -174,7 +175,7 @@ def _fit(
     saved = folder / checkpoint.NAME if folder else None
     about = checkpoint.about(saved) if saved and saved.exists() else None
     if about is not None:
-        _same_run(about, recipe, data, saved)
+        _same_run(about, recipe, data, network, saved)
 
     torch.manual_seed(recipe.seed)
     network.to(device).train()
@@ -440,13 +441,23 @@ def _call(run: Run, hook: str) -> None:
 
 def _save(path: Path, run: Run, done: bool = False) -> None:
     about = {name: getattr(run, name) for name in ("steps", "seconds", "history", "choice", "loss_sum", "loss_count")}
-    about |= {"done": done, "recipe": run.recipe.identity(), "data": run.data.sha256}
+    about |= {"done": done, "recipe": run.recipe.identity(), "data": run.data.sha256, "network": _told(run.network)}
     checkpoint.save(path, run.network, run.optimiser, run.methods, about)
 
 
-def _same_run(about: dict[str, Any], recipe: Recipe, data: Data, path: Path | None) -> None:
+def _told(network: nn.Module) -> Any:
+    """How a network was built, as JSON; None for a module that does not say."""
+    return json.loads(json.dumps(getattr(network, "settings", None), default=told))
+
+
+def _same_run(about: dict[str, Any], recipe: Recipe, data: Data, network: nn.Module, path: Path | None) -> None:
     if about["data"] != data.sha256:
         raise ConfigurationError(f"folder: {path} is of a run on other data than {data.name}; choose another folder")
+    if about.get("network") != _told(network):
+        raise ConfigurationError(
+            f"folder: {path} is of a run of the network {about.get('network')}, not {_told(network)}; "
+            "choose another folder"
+        )
     now = recipe.identity()
     for name, value in now.items():
         if about["recipe"].get(name) != value:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
+from .catalogue import papers_of
 from .errors import ConfigurationError, DamagedFileError, UnwritableFileError, unknown
 from .files import read_json, replacing, write_json
 from .stream import Stream
@@ -61,6 +62,12 @@ class Network(nn.Module):
         """The stream's output, before the head."""
         return self.stream(self.stem(x), **flow)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `network` that build it as it is now: `config`, reconnected as its stream was since."""
+        again = self.stream.reconnected
+        return self.config if again is None else {**self.config, "connection": again}
+
     def save(self, folder: str | Path, **also: Any) -> Path:
         """Write `model.safetensors` and `config.json`, from which `mainstem.load` rebuilds the network exactly."""
         return save(self, folder, **also)
@@ -74,12 +81,6 @@ def takes(inputs: str) -> Callable[[B], B]:
         return build
 
     return mark
-
-
-def papers_of(module: nn.Module) -> list[str]:
-    """The ids of the papers whose parts `module` uses, in order of appearance."""
-    found = [paper for part in module.modules() for paper in getattr(part, "papers", ())]
-    return list(dict.fromkeys(found))
 
 
 def networks() -> list[str]:
@@ -179,11 +180,9 @@ def save(model: Network, folder: str | Path, **also: Any) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
-    config = dict(model.config)
+    config = model.settings
     if "name" not in config:
         raise ConfigurationError("network: it was not built by name, so a folder cannot say how to rebuild it")
-    if model.stream.reconnected is not None:
-        config["connection"] = model.stream.reconnected
     for key, value in config.items():
         if callable(value):
             raise ConfigurationError(

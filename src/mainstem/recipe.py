@@ -83,7 +83,8 @@ class Budget(Strict):
         return f"{self.unit}={self.amount:g}"
 
 
-def _told(part: Any) -> Any:
+def told(part: Any) -> Any:
+    """A part of a recipe or network as JSON: what has no name is told by its class."""
     if isinstance(part, str | dict):
         return part
     return getattr(part, "__qualname__", type(part).__qualname__)
@@ -141,9 +142,9 @@ class Recipe(Strict):
 
     def identity(self) -> dict[str, Any]:
         """The recipe as JSON, with parts that are objects told by their class; two equal ones train alike."""
-        plain = {**dict(self), "budget": self.budget, "methods": (), "metric": _told(self.metric)}
+        plain = {**dict(self), "budget": self.budget, "methods": (), "metric": told(self.metric)}
         values = Recipe.model_construct(**plain).model_dump(mode="json")
-        return {**values, "methods": [_told(method) for method in self.methods]}
+        return {**values, "methods": [told(method) for method in self.methods]}
 
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some fields changed, validated."""

@@ -432,6 +432,13 @@ def test_threads_are_those_of_before_afterwards(tiny):
     assert seen == [before + 1] and torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "abacus"])
+def test_a_device_that_is_not_here_is_named(tiny, device):
+    data = tiny.vectors()
+    with pytest.raises(ConfigurationError, match=f"device: '{device}' cannot be used here"):
+        fit(network_for("mlp-1x8", data), data, device=device, progress=False)
+
+
 # What is shown
 
 

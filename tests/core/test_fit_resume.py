@@ -12,6 +12,7 @@ import time
 import fit_jobs
 import pytest
 import torch
+from torch import nn
 
 from mainstem import Recipe, checkpoint, fit, network_for, registry
 from mainstem.errors import ConfigurationError, DamagedFileError, UnwritableFileError
@@ -64,7 +65,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path, childr
         child.kill()
         child.join()
         reached.append(steps_in(path))
-    assert reached == sorted(set(reached)) and 0 < reached[0] < 90
+    assert reached == sorted(reached) and 0 < reached[0] < 90
     resumed = fit_jobs.run(tmp_path)
     assert_equal(resumed, unbroken)
     assert [part.name for part in tmp_path.iterdir() if part.suffix != ".part"] == [checkpoint.NAME]
@@ -187,11 +188,26 @@ def test_a_run_on_other_data_is_refused(tiny, tmp_path):
         fit(make(other), other, RECIPE, folder=tmp_path, progress=False)
 
 
-def test_a_checkpoint_of_another_network_is_named(tiny, tmp_path):
+@pytest.mark.parametrize("options", [{"name": "mlp-3x8"}, {"connection": "stochastic-depth(final=0.9)"}])
+def test_a_run_of_another_network_is_refused(tiny, tmp_path, options):
+    """Also where the names and shapes of all weights are the same."""
     data = tiny.vectors()
     fit(make(data), data, RECIPE, folder=tmp_path, progress=False)
+    with pytest.raises(
+        ConfigurationError, match="folder: .* is of a run of the network {.*}, not {.*}; choose another"
+    ):
+        fit(make(data, **options), data, RECIPE, folder=tmp_path, progress=False)
+    reconnected = make(data)
+    reconnected.stream.reconnect("scaled-shortcut")
+    with pytest.raises(ConfigurationError, match="not {.*'connection': 'scaled-shortcut'}; choose another"):
+        fit(reconnected, data, RECIPE, folder=tmp_path, progress=False)
+
+
+def test_a_checkpoint_of_another_module_is_named(tiny, tmp_path):
+    data = tiny.vectors()
+    fit(nn.Linear(4, 3), data, RECIPE, folder=tmp_path, progress=False)
     with pytest.raises(DamagedFileError, match=f"{tmp_path / checkpoint.NAME} is not of this network"):
-        fit(make(data, "mlp-3x8"), data, RECIPE, folder=tmp_path, progress=False)
+        fit(nn.Sequential(nn.Linear(4, 3)), data, RECIPE, folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, 0.5, -1])
