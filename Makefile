@@ -10,7 +10,7 @@ compare: install
 	$(BIN)/mainstem compare examples/digits.yaml
 
 test: dev
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: dev
 	$(BIN)/ruff check .
