@@ -73,7 +73,10 @@ commands = [name for name in sys.modules if name.startswith("mainstem.cli.")]
 assert not heavy, heavy
 print(commands)
 """
-    for arguments, expected in [(["--help"], "[]"), (["compare", "--help"], "['mainstem.cli.compare']")]:
+    for arguments, expected in [
+        (["--help"], "[]"),
+        (["compare", "--help"], "['mainstem.cli.pairs', 'mainstem.cli.compare']"),
+    ]:
         ran = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
         assert ran.stdout.splitlines()[-1] == expected
 

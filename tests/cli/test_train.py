@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from mainstem import load
+from mainstem import checkpoint, load
 from mainstem.cli import main
 from mainstem.data import load as load_data
 
@@ -55,6 +60,48 @@ def test_the_same_command_again_only_reads(trained, capsys):
     run("train", "mlp-2x32", "--data", "digits", "--budget", "epochs=6", "--recipe", "lr=0.05", "--out", trained)
     assert "test accuracy" in capsys.readouterr().out
     assert (trained / "model.safetensors").read_bytes() == before
+
+
+KILLED = [
+    "train", "mlp-16x64+connection=stochastic-depth", "--data", "digits:300", "--budget", "epochs=60", "--device", "cpu",
+    "--recipe", "evaluations=60", "--recipe", "threads=1", "--recipe", "precision=fp32", "--seed", "3",
+]  # fmt: skip
+
+
+def test_a_killed_run_goes_on_when_the_command_is_given_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(*KILLED, "--out", "unbroken")
+    child = subprocess.Popen([sys.executable, "-c", "from mainstem.cli import main; main()", *KILLED])
+    path = Path("runs", "mlp-16x64+connection=stochastic-depth-digits_300".replace("+", "_"), checkpoint.NAME)
+    while child.poll() is None and not path.exists():
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert 0 < checkpoint.about(path)["steps"] < 240 and not (path.parent / "model.safetensors").exists()
+    capsys.readouterr()
+    run(*KILLED)
+    assert "going on at step" in capsys.readouterr().err
+    whole, resumed = load("unbroken").state_dict(), load(path.parent).state_dict()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    scores = [json.loads(Path(folder, "config.json").read_text())["score"] for folder in ("unbroken", path.parent)]
+    assert scores[0]["test"] == scores[1]["test"] and scores[0]["test_loss"] == scores[1]["test_loss"]
+
+
+def test_what_is_said_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("train", "mlp-1x8+lr=0.02+norm=rms", "--data", "digits:100", "--budget", "steps=4", "--metric", "nats", "--seed",
+        "2", "--tensorboard", "--json", "--recipe", "evaluations=2", "--out", "net")  # fmt: skip
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["metric"] == "nats" and result["test_examples"] == 360 and result["steps"] == 4
+    assert result["test"] == pytest.approx(result["test_loss"], rel=1e-4) and result["folder"] == "net"
+    assert sum(line.startswith("step ") for line in err.splitlines()) == 2
+    config = json.loads(Path("net", "config.json").read_text())
+    assert config["recipe"]["lr"] == 0.02 and config["recipe"]["seed"] == 2 and config["network"]["norm"] == "rms"
+    assert (
+        config["data"]["labels"] == [str(digit) for digit in range(10)] and config["data"]["task"] == "classification"
+    )
+    assert any(Path("net", "tensorboard").iterdir())
 
 
 def test_another_recipe_does_not_overwrite(trained, capsys):
@@ -105,6 +152,10 @@ def test_rows_of_a_table_get_numbers_in_their_own_unit(houses, tmp_path):
         (["train", "mlp-2x32", "--data", "digits", "--recipe", "lr=-1"], "greater than 0"),
         (["train", "mlp-2x32+clases=5", "--data", "digits"], "clases"),
         (["train", "mlp-2x32+classes=5", "--data", "digits"], "has 10 classes, more than"),
+        (["train", "mlp-2x32", "--data", "digits", "--device", "gpu"], "device: 'gpu' cannot be used here"),
+        (["train", "mlp-2x32", "--data", "digits", "--budget", "flops=1e9"], "budget: flops are counted by compare"),
+        (["train", "mlp-2x32", "--data", "digits", "--metric", "mse"], "metric: mse is for regression"),
+        (["train", "resnet-8", "--data", "diabetes"], "network: resnet-8 takes images; diabetes holds vector data"),
         (["predict", "no-such-folder", "a.png"], "no such file: no-such-folder/config.json"),
     ],
 )
