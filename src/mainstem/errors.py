@@ -59,4 +59,4 @@ def unknown(field: str, given: object, valid: Iterable[str]) -> ConfigurationErr
     close = nearest(str(given), valid)
     meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     shown = ", ".join(valid) if len(valid) <= 40 else ", ".join(valid[:40]) + ", ..."
-    return ConfigurationError(f"{field}: unknown {given!r}{meant} (valid: {shown})")
+    return ConfigurationError(f"{field}: unknown {given!r}{meant} (valid: {shown or 'none'})")

@@ -94,8 +94,8 @@ def factory(kind: str, spec: Any) -> Callable[..., Any]:
         raise ConfigurationError(f"{kind}: {spec!r} is neither a name, a mapping with a name, nor something to call")
     part = find(kind, name)
     parameters = inspect.signature(part).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        accepted = [p for p in parameters if p not in _GIVEN.get(kind, ())]
+    if not any(p.kind is p.VAR_KEYWORD and p.name != PLACE for p in parameters.values()):
+        accepted = [p for p in parameters if p not in (PLACE, *_GIVEN.get(kind, ()))]
         for option in options:
             if option not in accepted:
                 raise unknown(f"{kind} {name}", option, accepted)
@@ -143,6 +143,7 @@ def _split(text: str) -> list[str]:
 
 # What a network tells its parts, and nobody else.
 _GIVEN = {"connection": {"width", "index", "depth", "dim"}, "norm": {"width", "dim"}}
+PLACE = "place"  # the keyword under which a connection hands on its index, depth and dim
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

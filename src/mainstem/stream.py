@@ -40,6 +40,8 @@ class Connection(nn.Module):
         depth: number of layers in the stream.
         dim: the feature dimension: 1 for images `[N, C, H, W]`, -1 for tokens `[N, T, C]` and vectors `[N, C]`.
 
+    A subclass takes its own options and hands on the rest: `__init__(self, width, *, alpha=0.0, **place)`.
+
     Most connections override `read` and `write` only. One that skips its branch, calls it late or many times overrides
     `forward(state, branch)`; `branch(x)` runs the layer's branch, `branch.flow` holds the flow's values, and a
     connection that uses some of them lists their names in `flow_names`. One that opens the stream into another kind of
@@ -123,9 +125,9 @@ class Wrapper(Connection):
     branch itself, and refuses an `inner` that wants to decide that.
     """
 
-    def __init__(self, width: int, *, index: int = 0, depth: int = 1, dim: int = -1, inner: ConnectionSpec = None):
-        super().__init__(width, index=index, depth=depth, dim=dim)
-        self.inner = connection(inner)(width, index=index, depth=depth, dim=dim)
+    def __init__(self, width: int, *, inner: ConnectionSpec = None, **place: int):
+        super().__init__(width, **place)
+        self.inner = connection(inner)(width, **place)
         runs_branch = type(self).forward is Connection.forward
         if runs_branch and type(self.inner).forward is not Connection.forward:
             outer, within = type(self).__name__, type(self.inner).__name__

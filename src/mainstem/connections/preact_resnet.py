@@ -155,17 +155,8 @@ class ScaledShortcut(Connection):
 
     papers = ("preact-resnet",)
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        index: int = 0,
-        depth: int = 1,
-        dim: int = -1,
-        scale: float = 0.5,
-        branch_scale: float = 1.0,
-    ):
-        super().__init__(width, index=index, depth=depth, dim=dim)
+    def __init__(self, width: int, *, scale: float = 0.5, branch_scale: float = 1.0, **place: int):
+        super().__init__(width, **place)
         self.scale, self.branch_scale = scale, branch_scale
 
     def write(self, x: Tensor, y: Tensor) -> Tensor:
@@ -177,9 +168,9 @@ class _Gated(Connection):
 
     papers = ("preact-resnet",)
 
-    def __init__(self, width: int, *, index: int = 0, depth: int = 1, dim: int = -1, bias: float = -6.0):
-        super().__init__(width, index=index, depth=depth, dim=dim)
-        self.gate = Pointwise(width, width, dim)
+    def __init__(self, width: int, *, bias: float = -6.0, **place: int):
+        super().__init__(width, **place)
+        self.gate = Pointwise(width, width, self.dim)
         nn.init.constant_(self.gate.bias, bias)
 
     def g(self, x: Tensor) -> Tensor:
@@ -213,9 +204,9 @@ class ConvShortcut(Connection):
 
     papers = ("preact-resnet",)
 
-    def __init__(self, width: int, *, index: int = 0, depth: int = 1, dim: int = -1):
-        super().__init__(width, index=index, depth=depth, dim=dim)
-        self.map = Pointwise(width, width, dim, bias=False)
+    def __init__(self, width: int, **place: int):
+        super().__init__(width, **place)
+        self.map = Pointwise(width, width, self.dim, bias=False)
         nn.init.kaiming_normal_(self.map.weight, nonlinearity="relu")
 
     def write(self, x: Tensor, y: Tensor) -> Tensor:
@@ -233,17 +224,8 @@ class DropoutShortcut(Connection):
 
     papers = ("preact-resnet",)
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        index: int = 0,
-        depth: int = 1,
-        dim: int = -1,
-        p: float = 0.5,
-        rescale: bool = False,
-    ):
-        super().__init__(width, index=index, depth=depth, dim=dim)
+    def __init__(self, width: int, *, p: float = 0.5, rescale: bool = False, **place: int):
+        super().__init__(width, **place)
         if not 0 <= p < 1:
             raise ConfigurationError(f"dropout-shortcut: p is {p}; valid: a probability in [0, 1)")
         self.p, self.rescale = p, rescale

@@ -28,17 +28,8 @@ class ReZero(Connection):
 
     papers = ("rezero",)
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        index: int = 0,
-        depth: int = 1,
-        dim: int = -1,
-        alpha: float = 0.0,
-        learned: bool = True,
-    ):
-        super().__init__(width, index=index, depth=depth, dim=dim)
+    def __init__(self, width: int, *, alpha: float = 0.0, learned: bool = True, **place: int):
+        super().__init__(width, **place)
         self.alpha = nn.Parameter(torch.full((1,), float(alpha)), requires_grad=learned)
 
     def tie(self, other: ReZero) -> ReZero:

@@ -38,16 +38,14 @@ class StochasticDepth(Wrapper):
         self,
         width: int,
         *,
-        index: int = 0,
-        depth: int = 1,
-        dim: int = -1,
         inner: ConnectionSpec = None,
         final: float = 0.5,
         decay: str = "linear",
         mode: str = "batch",
         rescale: str = "eval",
+        **place: int,
     ):
-        super().__init__(width, index=index, depth=depth, dim=dim, inner=inner)
+        super().__init__(width, inner=inner, **place)
         for name, value, valid in (
             ("decay", decay, ("linear", "uniform")),
             ("mode", mode, ("batch", "sample")),
@@ -57,7 +55,7 @@ class StochasticDepth(Wrapper):
                 raise ConfigurationError(f"stochastic-depth: {name} is {value!r}; valid: {' or '.join(valid)}")
         if not 0 < final <= 1:
             raise ConfigurationError(f"stochastic-depth: final is {final}; valid: a probability in (0, 1]")
-        self.survival = 1 - (index + 1) / depth * (1 - final) if decay == "linear" else float(final)
+        self.survival = 1 - (self.index + 1) / self.depth * (1 - final) if decay == "linear" else float(final)
         self.mode, self.rescale = mode, rescale
 
     def forward(self, state: State, branch: Call) -> State:
