@@ -63,8 +63,9 @@ def test_the_same_command_again_only_reads(trained, capsys):
 
 
 KILLED = [
-    "train", "mlp-16x64+connection=stochastic-depth", "--data", "digits:300", "--budget", "epochs=60", "--device", "cpu",
-    "--recipe", "evaluations=60", "--recipe", "threads=1", "--recipe", "precision=fp32", "--seed", "3",
+    "train", "mlp-16x64+connection=stochastic-depth", "--data", "digits:300", "--budget", "epochs=60",
+    "--device", "cpu", "--recipe", "evaluations=60", "--recipe", "threads=1", "--recipe", "precision=fp32",
+    "--seed", "3",
 ]  # fmt: skip
 
 
@@ -89,8 +90,9 @@ def test_a_killed_run_goes_on_when_the_command_is_given_again(tmp_path, monkeypa
 
 def test_what_is_said_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run("train", "mlp-1x8+lr=0.02+norm=rms", "--data", "digits:100", "--budget", "steps=4", "--metric", "nats", "--seed",
-        "2", "--tensorboard", "--json", "--recipe", "evaluations=2", "--out", "net")  # fmt: skip
+    run("train", "mlp-1x8+lr=0.02+norm=rms", "--data", "digits:100", "--budget", "steps=4", "--metric", "nats",
+        "--seed", "2", "--tensorboard", "--json", "--recipe", "evaluations=2", "--recipe", "precision=fp32",
+        "--out", "net")  # fmt: skip
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["metric"] == "nats" and result["test_examples"] == 360 and result["steps"] == 4

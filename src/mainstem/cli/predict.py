@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,8 @@ def predict(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (a GPU where there is one).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print every row as JSON.")] = False,
 ) -> None:
-    """Predict new rows, images or texts with a saved network: a class with its probability, or numbers.
+    """Predict new rows, images or texts with a saved network: a class with its probability, numbers, or the token that
+    follows a text.
 
     [bold]Examples[/bold]
 
@@ -32,21 +34,28 @@ def predict(
     """
     import torch
 
+    from ..autopick import usable
     from ..data import answers, prepare
     from ..files import read_json
     from ..network import CONFIG, load
 
+    place = usable(device)
+    model = load(folder, place)
     meta = read_json(folder / CONFIG).get("data")
-    if meta is None:
+    if not meta:
         raise ConfigurationError(f"{folder} does not say how to read new examples; mainstem train saves that with it")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(folder, device)
-    names, x = _read(meta, inputs, prepare)
+    names, parts = _read(meta, inputs, prepare)
     with torch.inference_mode():
-        output = torch.cat([model(piece.to(device)).float().cpu() for piece in x.split(ROWS)])
-    rows = [{"input": name, "prediction": answer} for name, answer in zip(names, answers(meta, output), strict=True)]
-    if meta["task"] == "classification" and output.ndim == 2:
-        labels = meta.get("labels") or [str(number) for number in range(output.shape[1])]
+        outputs = [_wanted(model(piece.to(place)), meta).float().cpu() for part in parts for piece in part.split(ROWS)]
+    if len({output.shape[1:] for output in outputs}) > 1:
+        raise ConfigurationError("input: arrays of different lengths cannot go together; give one at a time")
+    output = torch.cat(outputs)
+    found = answers(meta, output)
+    if meta["task"] == "next-token":
+        found, output = [answer[0] for answer in found], output[:, 0]
+    rows = [{"input": name, "prediction": answer} for name, answer in zip(names, found, strict=True)]
+    if meta["task"] != "regression":
+        labels = meta.get("labels") or meta.get("characters") or [str(number) for number in range(output.shape[1])]
         for row, probabilities in zip(rows, output.softmax(-1).tolist(), strict=True):
             row["probability"] = max(probabilities)
             row["probabilities"] = dict(zip(labels, probabilities, strict=True))
@@ -62,22 +71,27 @@ def predict(
         typer.echo(f"Wrote {len(rows)} rows to {out}", err=json)
 
 
-def _read(meta: dict[str, Any], inputs: list[str], prepare: Any) -> tuple[list[str], Any]:
-    """A name for each example, and the examples."""
-    import torch
+def _wanted(output: Any, meta: dict[str, Any]) -> Any:
+    """The classes that the data have; of next tokens, the one that follows the last position."""
+    if meta["task"] == "regression":
+        return output
+    output = output[..., : meta["outputs"]]
+    return output[:, -1:] if meta["task"] == "next-token" else output
 
-    files = [Path(each) if Path(each).suffix or Path(each).exists() else None for each in inputs]
+
+def _read(meta: dict[str, Any], inputs: list[str], prepare: Any) -> tuple[list[str], list[Any]]:
+    """A name for each example, and the examples, those of one file together."""
+    typed = meta["inputs"] == "tokens"  # a text may stand on the command line itself
+    files = [Path(each) if not typed or each.endswith(".npz") or os.path.exists(each) else None for each in inputs]
     if meta["inputs"] == "image" and all(file is not None and file.suffix != ".npz" for file in files):
-        return inputs, prepare(meta, list(files))
+        return inputs, [prepare(meta, files)]
     parts = [prepare(meta, each if file is None else file) for each, file in zip(inputs, files, strict=True)]
     names = [
         each if len(part) == 1 else f"{each}:{row}"
         for each, part in zip(inputs, parts, strict=True)
         for row in range(1, len(part) + 1)
     ]
-    if len({part.shape[1:] for part in parts}) > 1:
-        raise ConfigurationError("input: texts or arrays of different lengths cannot go together; give one at a time")
-    return names, torch.cat(parts)
+    return names, parts
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
@@ -115,7 +129,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     for row in rows[:SHOWN]:
         cells = [row["input"], _text(row["prediction"])]
         table.add_row(*cells, *([f"{row['probability']:.3f}"] if likely else []))
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
     if len(rows) > SHOWN:
         typer.echo(f"... and {len(rows) - SHOWN} more; --out FILE or --json gives them all")
 
@@ -123,4 +137,6 @@ def _show(rows: list[dict[str, Any]]) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_text(each) for each in value)
+    if isinstance(value, str) and not (value.isprintable() and value.strip()):
+        return repr(value)  # a character that would not be seen
     return f"{value:.5g}" if isinstance(value, float) else str(value)
