@@ -208,7 +208,7 @@ def test_is_copied_whole(make, name, copied):
 
 
 def own_options(name: str) -> list[str]:
-    given = {"width", "index", "depth", "dim", PLACE, "inner"}
+    given = {"width", "index", "depth", "dim", "inner"}
     parameters = inspect.signature(registry.find("connection", name)).parameters.values()
     return [p.name for p in parameters if p.name not in given and p.kind is not p.VAR_KEYWORD]
 
