@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mainstem import Recipe, evaluate, fit, network_for
+from mainstem.batches import Batches
 from mainstem.data import Split
-from mainstem.fit import Batches
 
 CPU = torch.device("cpu")
 

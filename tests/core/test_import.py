@@ -21,7 +21,7 @@ LINES = (
     {"ops"},
     {"nn"},
     {"stream", "data"},
-    {"metrics", "optimisers", "autopick", "checkpoint", "pairing", "progress"},
+    {"metrics", "optimisers", "autopick", "checkpoint", "pairing", "progress", "batches"},
     {"fit", "view", "network"},
     {"areas"},
     {"bench", "claims"},
