@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,10 @@ from mainstem.data import Data
 from mainstem.data.core import build
 
 META = {"data": "tiny"}
+
+# One thread a process, and a process that a test starts: several would fight for the cores over small tensors.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Tiny:
