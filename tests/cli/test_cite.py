@@ -7,20 +7,6 @@ import re
 import pytest
 
 import mainstem
-from mainstem.cli import main
-
-
-@pytest.fixture
-def call(capsys):
-    """The exit code, standard output and standard error of a command line."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main(["cite", *(str(a) for a in arguments)])
-        output = capsys.readouterr()
-        return ended.value.code or 0, output.out, output.err
-
-    return run
 
 
 def ids(entries):
@@ -42,18 +28,18 @@ def ids(entries):
     ],
 )
 def test_a_network_by_name(network, expected, call):
-    code, out, _ = call(network)
+    code, out, _ = call("cite", network)
     assert code == 0
     assert ids(out) == expected
 
 
 def test_a_saved_network(call, tmp_path):
     mainstem.network("resnet-8", classes=3, connection="rezero").save(tmp_path / "mine")
-    assert ids(call(tmp_path / "mine")[1]) == ["resnet", "rezero"]
+    assert ids(call("cite", tmp_path / "mine")[1]) == ["resnet", "rezero"]
 
 
 def test_a_network_that_nothing_was_taken_for(call):
-    code, out, err = call("mlp-4x8")
+    code, out, err = call("cite", "mlp-4x8")
     assert (code, out) == (0, "")
     assert "no part that comes from a paper" in err
 
@@ -68,6 +54,6 @@ def test_a_network_that_nothing_was_taken_for(call):
 )
 def test_what_cannot_be_cited_is_said(network, says, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(network)
+    code, out, err = call("cite", network)
     assert (code, out) == (2, "")
     assert says in err

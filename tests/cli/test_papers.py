@@ -11,26 +11,6 @@ import pytest
 
 from mainstem.claims import ledger
 from mainstem.claims.reproduce import reproduce
-from mainstem.cli import main
-
-
-@pytest.fixture
-def fakes(tmp_path, monkeypatch):
-    with fake_claims.installed(tmp_path, monkeypatch) as copy:
-        yield copy
-
-
-@pytest.fixture
-def call(capsys):
-    """The exit code, standard output and standard error of a command line."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        output = capsys.readouterr()
-        return ended.value.code or 0, output.out, output.err
-
-    return run
 
 
 def test_the_list_has_what_was_measured(fakes, call):

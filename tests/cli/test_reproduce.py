@@ -8,26 +8,6 @@ import fake_claims
 import pytest
 
 from mainstem.claims import ledger
-from mainstem.cli import main
-
-
-@pytest.fixture
-def fakes(tmp_path, monkeypatch):
-    with fake_claims.installed(tmp_path, monkeypatch) as copy:
-        yield copy
-
-
-@pytest.fixture
-def call(capsys):
-    """The exit code, standard output and standard error of a command line."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main(["reproduce", *(str(a) for a in arguments)])
-        output = capsys.readouterr()
-        return ended.value.code or 0, output.out, output.err
-
-    return run
 
 
 def kept():
@@ -36,7 +16,7 @@ def kept():
 
 
 def test_it_says_what_it_costs_and_what_it_found(fakes, call):
-    code, out, err = call("fake-shown")
+    code, out, err = call("reproduce", "fake-shown")
     assert code == 0
     assert "about 1 s on two cores (4 seeds)" in err
     order = [
@@ -54,7 +34,7 @@ def test_it_says_what_it_costs_and_what_it_found(fakes, call):
 
 
 def test_an_object_per_paper(fakes, call):
-    code, out, _ = call("fake-holds", "fake-untested", "--json")
+    code, out, _ = call("reproduce", "fake-holds", "fake-untested", "--json")
     assert code == 0
     first, second = (json.loads(line) for line in out.splitlines())
     for found in (first, second):
@@ -67,7 +47,7 @@ def test_an_object_per_paper(fakes, call):
 
 
 def test_a_failed_check_is_exit_code_1_and_is_not_kept(fakes, call):
-    code, out, _ = call("fake-broken")
+    code, out, _ = call("reproduce", "fake-broken")
     assert code == 1
     assert "FAILS  the gap (error 0.3, tolerance 1e-06)" in out
     assert "FAILS  not a number (error not finite" in out
@@ -76,52 +56,52 @@ def test_a_failed_check_is_exit_code_1_and_is_not_kept(fakes, call):
 
 
 def test_the_others_run_after_one_that_fails(fakes, call):
-    code, out, _ = call("fake-broken", "fake-holds", "--json")
+    code, out, _ = call("reproduce", "fake-broken", "fake-holds", "--json")
     assert code == 1
     assert [json.loads(line)["verdict"] for line in out.splitlines()] == [None, "holds"]
 
 
 def test_other_seeds_are_kept_on_request_alone(fakes, call):
-    found = json.loads(call("fake-holds", "--seeds", "10,11,12", "--json")[1])
+    found = json.loads(call("reproduce", "fake-holds", "--seeds", "10,11,12", "--json")[1])
     assert found["seeds"] == [10, 11, 12]
     assert kept() == []
-    call("fake-holds", "--seeds", "10,11,12", "--save")
+    call("reproduce", "fake-holds", "--seeds", "10,11,12", "--save")
     assert ledger.read("fake-holds")["seeds"] == [10, 11, 12]
 
 
 def test_the_claims_own_seeds_are_kept_however_given(fakes, call):
-    call("fake-holds", "--no-save")
+    call("reproduce", "fake-holds", "--no-save")
     assert kept() == []
-    call("fake-holds", "--seeds", "0,1,2,3")
+    call("reproduce", "fake-holds", "--seeds", "0,1,2,3")
     assert kept() == ["fake-holds"]
 
 
 def test_exact_only(fakes, call):
-    code, out, err = call("fake-holds", "--exact-only", "--json")
+    code, out, err = call("reproduce", "fake-holds", "--exact-only", "--json")
     found = json.loads(out)
     assert (code, found["verdict"], found["measured"], found["seeds"]) == (0, None, [], [])
     assert found["exact"][0]["passed"]
     assert "exact checks only" in err
     assert kept() == []
-    assert call("fake-holds", "--exact-only", "--save")[0] == 2
+    assert call("reproduce", "fake-holds", "--exact-only", "--save")[0] == 2
 
 
 def test_stale_ones_alone(fakes, call):
-    call("fake-holds", "fake-fails")
+    call("reproduce", "fake-holds", "fake-fails")
     fake_claims.forget()
-    code, out, err = call("--stale")
+    code, out, err = call("reproduce", "--stale")
     assert (code, out) == (0, "")
     assert "Nothing is stale" in err
     path = fakes / "claims" / "fakes" / "fake_fails.py"
     path.write_text(path.read_text() + "changed = True\n")
     fake_claims.forget()
-    assert [json.loads(line)["id"] for line in call("--stale", "--json")[1].splitlines()] == ["fake-fails"]
+    assert [json.loads(line)["id"] for line in call("reproduce", "--stale", "--json")[1].splitlines()] == ["fake-fails"]
     assert not ledger.is_stale(ledger.read("fake-fails"))
-    assert call("--stale", "fake-holds")[1] == ""
+    assert call("reproduce", "--stale", "fake-holds")[1] == ""
 
 
 def test_another_ledger(fakes, call, tmp_path):
-    call("fake-holds", "--ledger", tmp_path / "mine")
+    call("reproduce", "fake-holds", "--ledger", tmp_path / "mine")
     assert (tmp_path / "mine" / "fake-holds.json").exists()
     assert kept() == []
 
@@ -139,7 +119,7 @@ def test_another_ledger(fakes, call, tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, says, fakes, call):
-    code, out, err = call(*arguments)
+    code, out, err = call("reproduce", *arguments)
     assert code == 2
     assert out == ""
     assert says in err
