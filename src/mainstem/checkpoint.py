@@ -95,11 +95,13 @@ def _with_state(methods: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(str(path), "pt") as file:
-            meta = json.loads((file.metadata() or {})["mainstem"])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        whole = path.read_bytes()  # in one go, since the run that writes it may be replacing it
+        header = int.from_bytes(whole[:8], "little")
+        meta = json.loads(json.loads(whole[8 : 8 + header])["__metadata__"]["mainstem"])
+        return load(whole), meta
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}); remove it to start the run anew") from None

@@ -245,12 +245,13 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Prepared:
     Raises ConfigurationError for a device, data set, metric, network, option, recipe or search range that cannot be
     used, and for an arm that cannot be sent to a worker, unless there are to be none.
     """
+    from ..autopick import usable
     from ..data import load
     from ..metrics import metric
     from .given import data_of
     from .worker import run_job
 
-    device = _device(experiment.device)
+    device = str(usable(experiment.device))
     data: dict[int | None, Data] = {}
     redrawn = experiment.data_seeds == "redrawn"
     for seed in [experiment.tuning_seed, *experiment.final_seeds] if redrawn else [None]:
@@ -301,19 +302,6 @@ def _check(experiment: Experiment, arm: Arm, data: Data) -> None:
             raise ConfigurationError(str(error)) from None
         except (NotImplementedError, RuntimeError):  # needs values to be built, so its first run will tell
             pass
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"device: {name!r} cannot be used here ({reason})") from None
-    return name
 
 
 def default_workers(device: str, threads: int) -> int:
