@@ -30,10 +30,11 @@ Step = Callable[[], Any]
 
 
 def arguments(description: str | None, **defaults: Any) -> Any:
-    """The options that all benchmarks have, and `defaults` as more of them."""
+    """The options that all benchmarks have, and `defaults` of these and of more."""
+    threads = defaults.pop("threads", torch.get_num_threads())
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of one process, on the CPU")
+    parser.add_argument("--threads", type=int, default=threads, help="of one process, on the CPU")
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     told = parser.parse_args()
