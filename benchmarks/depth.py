@@ -68,6 +68,9 @@ def main() -> None:
             continue
         trains = "yes" if math.isfinite(last) and last < first else "no"
         row = [connection, f"{first:.3g}", f"{last:.3g}", trains]
+        if not math.isfinite(first):  # a step of it cannot be profiled
+            rows.append(row)
+            continue
         for checkpoint in (False, True):
             peaks = [peak(depth, connection, checkpoint, told.device) for depth in DEPTHS]
             each = [(b - a) / (n - m) / 1024 for (a, b), (m, n) in zip(_pairs(peaks), _pairs(DEPTHS), strict=True)]
