@@ -1,9 +1,9 @@
 """Results of several comparisons side by side, as a Markdown table: one row an arm, one column a comparison.
 
-    python experiments/table.py experiments/connections/*.json > docs/connections.md
+    python experiments/table.py experiments/connections/*.json
 
 A cell holds the mean on the test split, its difference to the baseline with the 95 % interval, and the verdict of the
-corrected test: better, worse, or tie. The last figure is the time of a training step over the baseline's.
+corrected test: better, worse, or tie.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 MARKS = {"better": "**better**", "worse": "worse", "tie": "tie", "unknown": "?"}
 
 
-def cell(arm: dict[str, Any] | None, baseline: dict[str, Any], digits: int) -> str:
+def cell(arm: dict[str, Any] | None, digits: int) -> str:
     if arm is None:
         return ""
     if arm["mean"] is None:
@@ -26,8 +26,7 @@ def cell(arm: dict[str, Any] | None, baseline: dict[str, Any], digits: int) -> s
     if difference is not None and difference["mean"] is not None:
         mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
         text += f" ({mean} [{low}, {high}] {MARKS[difference['verdict']]})"
-    step, base = arm["cost"]["step_seconds"], baseline["cost"]["step_seconds"]
-    return f"{text} x{step / base:.2f}" if step and base else text
+    return text
 
 
 def heading(name: str, result: dict[str, Any]) -> str:
@@ -45,7 +44,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         cells = []
         for name, result in results.items():
             digits = 1 if result["metric"]["unit"] == "%" else 3
-            cells.append(cell(arms[name].get(row), arms[name][result["baseline"]], digits))
+            cells.append(cell(arms[name].get(row), digits))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
