@@ -31,7 +31,7 @@ def cell(arm: dict[str, Any] | None, digits: int) -> str:
 
 def heading(name: str, result: dict[str, Any]) -> str:
     metric = result["metric"]
-    unit = f", {metric['unit']}" if metric["unit"] else ""
+    unit = f", {metric['unit']}" if metric["unit"] not in (None, "", metric["name"]) else ""
     return f"{name}: {metric['name']}{unit}, {'higher' if metric['higher_is_better'] else 'lower'} is better"
 
 

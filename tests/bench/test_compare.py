@@ -293,11 +293,11 @@ def test_a_script_of_the_users_that_was_interrupted_goes_on(tmp_path, monkeypatc
     while not (line := process.stderr.readline()).startswith("[9/"):
         assert line, "it ended early"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert f"finished runs are kept in {folder}" in errors and f"--out {folder}" in errors
     assert "KeyboardInterrupt" in errors and "lost" not in errors
-    out, errors = start().communicate(timeout=100)
+    out, errors = start().communicate(timeout=400)
     assert out.splitlines() == ["once", "['mine', 'narrow', 'registered']"], errors
 
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "whole")])
